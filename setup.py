@@ -1,0 +1,47 @@
+"Packaging: everything is read from settings.ini, which nbdev reads too."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="])
+config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+
+def lines(key):
+    "The non-empty lines of a multi-line setting."
+    return [line.strip() for line in cfg[key].splitlines() if line.strip()]
+
+
+book = lines("book_requirements")
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    license="Apache-2.0",
+    url=cfg["git_url"],
+    keywords=cfg["keywords"].split(),
+    packages=find_packages(include=["nncomp", "nncomp.*"]),
+    python_requires=f">={cfg['min_python']}",
+    install_requires=lines("requirements"),
+    extras_require={"book": book, "dev": book + lines("dev_requirements")},
+    entry_points={
+        "console_scripts": lines("console_scripts") or [cfg["console_scripts"]],
+        "nbdev": ["nncomp=nncomp._modidx:d"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
+        "Natural Language :: English",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+    ],
+    zip_safe=False,
+)

@@ -1,0 +1,154 @@
+"The command line as a user meets it: in a process of its own, with good input, bad input and interruptions."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nncomp.container import load, save
+
+
+COMMAND = str(Path(sys.executable).with_name("nncomp"))
+
+
+def nncomp(*args, cwd):
+    return subprocess.run([COMMAND, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Checkpoints of several kinds."
+    path = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 10))
+    state = net.state_dict() | {"half": torch.randn(30, 20).half(), "brain": torch.randn(30, 20).bfloat16(), "nan": torch.full((2, 2), torch.nan)}
+    save_file(state, path / "net.safetensors")
+    torch.save(state, path / "net.pt")
+    torch.save(net, path / "object.pt")
+    (path / "empty.pt").touch()
+    (path / "empty.safetensors").touch()
+    (path / "garbage.pt").write_bytes(os.urandom(3000))
+    (path / "garbage.safetensors").write_bytes(os.urandom(3000))
+    (path / "cut.safetensors").write_bytes((path / "net.safetensors").read_bytes()[:-7])
+    save(state, path / "net.nncomp")
+    (path / "cut.nncomp").write_bytes((path / "net.nncomp").read_bytes()[:-7])
+    (path / "text.txt").write_text("hello")
+    return path
+
+
+def test_round_trip_keeps_every_bit(folder, tmp_path):
+    made = nncomp("compress", folder / "net.safetensors", "-o", "a.nncomp", "--json", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert report["file_bytes"] == (tmp_path / "a.nncomp").stat().st_size < report["dense_bytes"]
+    assert nncomp("expand", "a.nncomp", "-o", "b.safetensors", cwd=tmp_path).returncode == 0
+    before, after = load_file(folder / "net.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and after[name].shape == tensor.shape
+        assert after[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes() if tensor.dtype != torch.bfloat16 else \
+            torch.equal(after[name].view(torch.int16), tensor.view(torch.int16))
+
+
+def test_sparsity_and_bits(folder, tmp_path):
+    state = {k: v for k, v in load_file(folder / "net.safetensors").items() if k != "nan"}
+    save_file(state, tmp_path / "in.safetensors")
+    assert nncomp("compress", "in.safetensors", "-o", "a.nncomp", "--sparsity", 0.5, "--bits", 3, cwd=tmp_path).returncode == 0
+    for name, tensor in load(tmp_path / "a.nncomp").items():
+        if tensor.ndim >= 2 and tensor.is_floating_point():
+            assert int((tensor == 0).sum()) >= round(0.5 * tensor.numel())
+            assert tensor.float().unique().numel() <= 8
+        else:
+            assert torch.equal(tensor, state[name])
+
+
+BAD = {
+    "missing input": (["compress", "nowhere.safetensors", "-o", "out"], "is not a file"),
+    "empty pt": (["compress", "empty.pt", "-o", "out"], "is empty"),
+    "empty safetensors": (["compress", "empty.safetensors", "-o", "out"], "is empty"),
+    "garbage pt": (["compress", "garbage.pt", "-o", "out"], "cannot be read safely"),
+    "garbage safetensors": (["compress", "garbage.safetensors", "-o", "out"], "not a whole safetensors file"),
+    "truncated safetensors": (["compress", "cut.safetensors", "-o", "out"], "not a whole safetensors file"),
+    "pickled object": (["compress", "object.pt", "-o", "out"], "save model.state_dict() instead"),
+    "other ending": (["compress", "text.txt", "-o", "out"], "should end in"),
+    "NaN under k-means": (["compress", "net.pt", "-o", "out", "--bits", "4"], "nan holds 4 NaN"),
+    "sparsity as a percentage": (["compress", "net.pt", "-o", "out", "--sparsity", "90"], "[0, 1]"),
+    "sparsity below zero": (["compress", "net.pt", "-o", "out", "--sparsity=-0.1"], "[0, 1]"),
+    "no bits": (["compress", "net.pt", "-o", "out", "--bits", "0"], "1…16"),
+    "too many bits": (["compress", "net.pt", "-o", "out", "--bits", "17"], "1…16"),
+    "missing folder": (["compress", "net.pt", "-o", "no/such/out"], "does not exist"),
+    "output is input": (["compress", "net.pt", "-o", "net.pt", "--force"], "is the input"),
+    "existing output": (["compress", "net.pt", "-o", "net.safetensors"], "--force"),
+    "contradiction": (["compress", "net.pt", "-o", "out", "--lossless", "--bits", "4"], "contradicts"),
+    "truncated nncomp": (["expand", "cut.nncomp", "-o", "out"], "cut.nncomp"),
+    "expand what is not nncomp": (["expand", "net.safetensors", "-o", "out"], "net.safetensors"),
+    "inspect garbage": (["inspect", "garbage.pt"], "garbage.pt"),
+    "inspect nothing": (["inspect", "nowhere.nncomp"], "nowhere.nncomp"),
+    "verify nothing": (["verify", "--models", "."], "no"),
+    "reproduce unknown": (["reproduce", "magic"], "magic"),
+    "demo into a missing folder": (["demo", "-o", "no/such/demo.nncomp"], "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(folder, case, capsys, monkeypatch):
+    from nncomp.cli import main
+
+    args, words = BAD[case]
+    monkeypatch.chdir(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("nncomp: error: ") and words in error
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before, "something was written"
+
+
+def test_unknown_version_is_refused(folder, tmp_path):
+    data = (folder / "net.nncomp").read_bytes()
+    assert data.count(b'"version":"1"') == 1
+    (tmp_path / "new.nncomp").write_bytes(data.replace(b'"version":"1"', b'"version":"9"'))
+    done = nncomp("inspect", "new.nncomp", cwd=tmp_path)
+    assert done.returncode == 2 and "version 9" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_nothing(tmp_path, kill):
+    torch.save({f"w{i}": torch.randn(1200, 1000) for i in range(40)}, tmp_path / "big.pt")
+    run = subprocess.Popen([COMMAND, "compress", "big.pt", "-o", "big.nncomp", "--bits", "5"], cwd=tmp_path, stderr=subprocess.PIPE)
+    for _ in range(600):
+        if list(tmp_path.glob(".*.part")) or run.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert run.poll() is None, "finished before it could be interrupted"
+    run.send_signal(kill)
+    assert run.wait(60) == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["big.pt"]
+
+
+def test_demo_prints_one_object(tmp_path):
+    done = nncomp("demo", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["file_bytes"] == (tmp_path / result["file"]).stat().st_size
+    assert result["dense_bytes"] == 1_066_440 and result["ratio"] > 20
+    assert result["file_error_percent"] < 10
+    assert (tmp_path / result["report"]).read_text().count("<svg") == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.html", "demo.nncomp"]
+
+
+def test_verify_the_shipped_files(mnist_root, monkeypatch):
+    from nncomp.cli import verify
+    from nncomp.results import models_root
+
+    if not list(models_root().glob("*.nncomp")):
+        pytest.fail("no shipped files")
+    monkeypatch.setenv("NNCOMP_DATA", str(mnist_root))
+    rows = verify("mnist")
+    assert rows and all(row["ok"] for row in rows), rows

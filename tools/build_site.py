@@ -1,0 +1,185 @@
+"""Build the website of the book into `_docs/`.
+
+    python tools/build_site.py [--root DIR] [--renderer quarto|smalldocs] [--keep-processed]
+
+nbdev processes the notebooks into `_proc/`; Quarto renders them where it is installed, and the PyPI package smalldocs
+elsewhere, after the parts that smalldocs lacks are resolved in the processed copies. Pages ask the network for nothing.
+Anything broken or unresolved is listed, and the exit status is 1.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from site_cells import convert_cells
+from site_check import check
+from site_pandoc import MATHS, cite, mathml
+from site_refs import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("bibliography", "link-citations", "crossref", "execute", "html-math-method")  # done here, not by smalldocs
+FONT = re.compile(r"""@import\s+(?:url\(\s*)?(["']?)https?://[^"')]*\1\)?;?""")
+REMOTE_SCRIPT = re.compile(r'<(?:link|script)[^>]*(?:href|src)="https?://[^"]*"[^>]*>(?:</script>)?\n?')
+
+
+def process(root):
+    "Let nbdev process the notebooks; gives the folder of the processed copies."
+    from nbdev.serve import proc_nbs
+
+    os.chdir(root)
+    folder = Path(proc_nbs(force=True, n_workers=0)).resolve()
+    for name in ("styles.css", "references.bib"):
+        if not (folder / name).exists() and (root / "nbs" / name).exists():
+            shutil.copy(root / "nbs" / name, folder / name)
+    return folder
+
+
+def listed(config):
+    "The files that the sidebar lists, in order."
+    def walk(items):
+        for item in items:
+            yield from walk(item.get("contents", [])) if isinstance(item, dict) and "contents" in item else [item]
+
+    return [i["href"] if isinstance(i, dict) else i for i in walk(config["website"]["sidebar"]["contents"])]
+
+
+def read_notebooks(folder, order):
+    "The processed notebooks by page name, in the sidebar's order."
+    rank = {name: i for i, name in enumerate(order)}
+    paths = sorted(folder.glob("*.ipynb"), key=lambda p: (rank.get(p.name, len(rank)), p.name))
+    return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in paths}
+
+
+def write_notebooks(folder, notebooks):
+    "Save the processed notebooks."
+    for page, nb in notebooks.items():
+        (folder / f"{page}.ipynb").write_text(json.dumps(nb, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def sidebar_problems(config, notebooks):
+    "Notebooks that the sidebar does not list, and entries that it lists in vain."
+    names, entries = {f"{page}.ipynb" for page in notebooks}, set(listed(config))
+    yield from (f"_quarto.yml: {n} is not in the sidebar" for n in sorted(names - entries))
+    yield from (f"_quarto.yml: the sidebar lists {n}, which does not exist" for n in sorted(entries - names))
+
+
+def render_quarto(folder, problems):
+    "Render with Quarto; its warnings are problems."
+    done = subprocess.run(["quarto", "render", str(folder), "--no-cache"], capture_output=True, text=True)
+    problems += [line for line in (done.stdout + done.stderr).splitlines() if "WARN" in line or "ERROR" in line]
+    if done.returncode:
+        problems.append(f"quarto render failed with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def resolve_for_smalldocs(folder, notebooks, labels, problems):
+    "Number, cite and caption in the processed copies."
+    for page, nb in notebooks.items():
+        convert_cells(page, nb, folder / f"{page}_files", labels, problems)
+        cite(page, nb, folder / "references.bib", problems)
+
+
+def output_names(notebooks):
+    "nbdev's `output-file` of each page, taken from the front matter: `00_core` -> `core.html`."
+    names = {}
+    for page, nb in notebooks.items():
+        front = "".join(nb["cells"][0]["source"])
+        names[page] = (re.findall(r"^output-file: *(\S+)$", front, re.M) or [f"{page}.html"])[0]
+        nb["cells"][0]["source"] = re.sub(r"^output-file:.*\n", "", front, flags=re.M)
+    return names
+
+
+def render_smalldocs(folder, config, notebooks, problems):
+    "Render with smalldocs; every warning is a problem."
+    from smalldocs import site
+
+    names = output_names(notebooks)
+    write_notebooks(folder, notebooks)
+    config = {k: v for k, v in config.items() if k not in OURS}
+    config["format"] = {"html": {k: v for k, v in config["format"]["html"].items() if k not in OURS}}
+    (folder / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    problems += [w for w in site.build(folder, quiet=True).warnings if "broken link" not in w]  # site_check finds those
+    rename_pages(folder / config["project"]["output-dir"], names)
+    for files in folder.glob("*_files"):
+        shutil.copytree(files, folder / config["project"]["output-dir"] / files.name)
+
+
+def rename_pages(out, names):
+    "Give each page its `output-file` name, and correct the links to it."
+    for page, name in names.items():
+        if (out / f"{page}.html").exists():
+            (out / f"{page}.html").rename(out / name)
+    old = re.compile(rf'(["/])({"|".join(map(re.escape, names))})\.html(?=["#])')
+    for path in [*out.rglob("*.html"), out / "search.json"]:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(old.sub(lambda m: m[1] + names[m[2]], text), encoding="utf-8")
+
+
+def offline(out, site_url):
+    "Take out what would ask another server, and make links to the site's own address relative."
+    for path in sorted(out.rglob("*.css")):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(FONT.sub("", text), encoding="utf-8")
+    own = re.compile(rf'href="{re.escape(site_url)}/([^"/]+\.html)')
+    for path in sorted(out.rglob("*.html")):
+        text = REMOTE_SCRIPT.sub("", path.read_text(encoding="utf-8"))
+        path.write_text(own.sub(r'href="\1', text), encoding="utf-8")
+    if (out / "sitemap.xml").exists():
+        text = (out / "sitemap.xml").read_text(encoding="utf-8")
+        (out / "sitemap.xml").write_text(re.sub(r"\s*<lastmod>.*?</lastmod>", "", text), encoding="utf-8")
+
+
+def write_maths(out, problems):
+    "Put MathML in place of the TeX that smalldocs leaves for a script."
+    import html
+
+    pages = {path: path.read_text(encoding="utf-8") for path in sorted(out.rglob("*.html"))}
+    formulas = {(html.unescape(m[2]), m[1]): None for text in pages.values() for m in MATHS.finditer(text)}
+    done = mathml(list(formulas), problems) if formulas else {}
+    for path, text in pages.items():
+        path.write_text(MATHS.sub(lambda m: done[html.unescape(m[2]), m[1]], text), encoding="utf-8")
+
+
+def build(root, renderer, keep=False):
+    "Build the site of the repository `root`; gives the list of problems."
+    folder, problems = process(root), []
+    config = yaml.safe_load((folder / "_quarto.yml").read_text(encoding="utf-8"))
+    notebooks = read_notebooks(folder, listed(config))
+    problems += sidebar_problems(config, notebooks)
+    labels = prepare(notebooks, problems, here=renderer != "quarto")
+    if renderer == "quarto":
+        write_notebooks(folder, notebooks)
+        render_quarto(folder, problems)
+    else:
+        resolve_for_smalldocs(folder, notebooks, labels, problems)
+        render_smalldocs(folder, config, notebooks, problems)
+        write_maths(folder / "_docs", problems)
+    out = root / "_docs"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(folder / config["project"]["output-dir"], out)
+    offline(out, config["website"]["site-url"])
+    if not keep:
+        shutil.rmtree(folder)
+    return problems + check(out)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository to build (default: this one)")
+    parser.add_argument("--renderer", choices=["quarto", "smalldocs"], default="quarto" if shutil.which("quarto") else "smalldocs")
+    parser.add_argument("--keep-processed", action="store_true", help="leave _proc/ in place")
+    args = parser.parse_args(argv)
+    problems = build(args.root.resolve(), args.renderer, args.keep_processed)
+    if problems:
+        print(f"{len(problems)} problem(s):", *problems, sep="\n  ", file=sys.stderr)
+        return 1
+    print(f"built {len(list((args.root / '_docs').glob('*.html')))} pages with {args.renderer}: {args.root / '_docs'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
