@@ -6,10 +6,9 @@
 __all__ = ['BitstreamError', 'MissingExtraError', 'require', 'check_fraction', 'check_int', 'check_finite', 'seed_everything',
            'default_device', 'evaluating', 'named_weights', 'count_parameters', 'count_nonzero', 'atomic_path']
 
-# %% ../nbs/00_core.ipynb #3d2de70f
+# %% ../nbs/00_core.ipynb #1ac4afc8
 import contextlib
 import importlib
-import math
 import os
 import random
 import tempfile

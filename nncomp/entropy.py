@@ -20,26 +20,30 @@ def _integers(values:np.ndarray|Tensor, name:str) -> np.ndarray:
     if array.size and array.min() < 0: raise ValueError(f"{name} must not be negative, got {array.min()}")
     return array.reshape(-1)
 
-# %% ../nbs/30_entropy.ipynb #46554918
+# %% ../nbs/30_entropy.ipynb #5e65f7c5
 def counts(
-    symbols:np.ndarray|Tensor,  # any shape, non-negative integers
+    symbols:np.ndarray|Tensor,  # any shape, non-negative integers below 2**24
     n_symbols:int|None=None,    # alphabet size; None = largest symbol + 1
 ) -> np.ndarray:                # (n_symbols,), int64: how often each symbol occurs
     "Histogram of `symbols`; a symbol outside the alphabet is a `ValueError`."
     symbols = _integers(symbols, "symbols")
     top = int(symbols.max()) + 1 if symbols.size else 0
-    if n_symbols is not None: check_int(n_symbols, top, name="n_symbols")
     if top > 1 << 24: raise ValueError(f"symbols must be below {1 << 24}, got {top - 1}; map them to 0, 1, 2, … first")
-    return np.bincount(symbols.astype(np.int64, copy=False), minlength=n_symbols or 0)
+    size = top if n_symbols is None else check_int(n_symbols, top, 1 << 24, "n_symbols")
+    total = np.zeros(size, np.int64)
+    for i in range(0, symbols.size, 1 << 20):     # in pieces, because bincount copies its input to eight bytes each
+        total += np.bincount(symbols[i:i + (1 << 20)].astype(np.int64), minlength=size)
+    return total
 
-# %% ../nbs/30_entropy.ipynb #0fc6ccdd
+# %% ../nbs/30_entropy.ipynb #046c44b5
 def entropy_bits(
-    counts:np.ndarray|Tensor,  # (k,), non-negative: how often each symbol occurs
+    counts:np.ndarray|Tensor,  # (k,), non-negative: how often each symbol occurs, or probabilities
 ) -> float:                    # bits per symbol, in [0, log2 k]
-    "Shannon's entropy of the relative frequencies."
-    c = np.asarray(counts, dtype=np.float64)
-    c = c[c > 0]
-    return float(np.log2(c.sum()) - (c * np.log2(c)).sum() / c.sum()) if c.size > 1 else 0.0
+    "Shannon entropy of the relative frequencies (@eq-entropy-shannon); 0 for an empty histogram."
+    c = np.asarray(counts, dtype=np.float64).reshape(-1)
+    if c.size and not (c.min() >= 0 and np.isfinite(c.sum())): raise ValueError(f"counts must be non-negative and finite, got {c.min()}")
+    p = c[c > 0] / max(c.sum(), np.finfo(float).tiny)
+    return float(-(p * np.log2(p)).sum()) + 0.0
 
 # %% ../nbs/30_entropy.ipynb #2b77a09c
 def pack_bits(

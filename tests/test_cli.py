@@ -91,7 +91,7 @@ BAD = {
     "expand what is not nncomp": (["expand", "net.safetensors", "-o", "out"], "net.safetensors"),
     "inspect garbage": (["inspect", "garbage.pt"], "garbage.pt"),
     "inspect nothing": (["inspect", "nowhere.nncomp"], "nowhere.nncomp"),
-    "verify nothing": (["verify", "--models", "."], "no"),
+    "verify nothing": (["verify", "--root", "."], "in a clone"),
     "reproduce unknown": (["reproduce", "magic"], "magic"),
     "demo into a missing folder": (["demo", "-o", "no/such/demo.nncomp"], "does not exist"),
 }

@@ -7,6 +7,7 @@ elsewhere, after the parts that smalldocs lacks are resolved in the processed co
 Anything broken or unresolved is listed, and the exit status is 1.
 """
 import argparse
+import ast
 import json
 import os
 import re
@@ -24,7 +25,29 @@ from site_refs import prepare
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("bibliography", "link-citations", "crossref", "execute", "html-math-method")  # done here, not by smalldocs
 FONT = re.compile(r"""@import\s+(?:url\(\s*)?(["']?)https?://[^"')]*\1\)?;?""")
-REMOTE_SCRIPT = re.compile(r'<(?:link|script)[^>]*(?:href|src)="https?://[^"]*"[^>]*>(?:</script>)?\n?')
+REMOTE = re.compile(r'<(?:script|link(?=[^>]*rel="stylesheet"))\b[^>]*\s(?:href|src)="https?://[^"]*"[^>]*>(?:</script>)?\n?')
+
+
+def imports_of(cell):
+    "The import statements of a cell that holds other code too and is not exported, else None."
+    trees = cell.parsed_() if cell.cell_type == "code" and cell.source else None
+    imports = [t for t in trees or [] if isinstance(t, (ast.Import, ast.ImportFrom))]
+    if not imports or len(imports) == len(trees) or any(d.startswith(("export", "exec_doc", "eval")) for d in cell.directives_):
+        return None
+    return "\n".join(map(ast.unparse, imports))
+
+
+def spare_outputs():
+    "Let nbdev run no more of a mixed cell than its imports: the page shows the output that was saved with the notebook."
+    from nbdev.processors import exec_show_docs
+
+    run = exec_show_docs.__call__
+
+    def call(self, cell):
+        imports = imports_of(cell)
+        return run(self, cell) if imports is None else self.k.run_cell(imports)
+
+    exec_show_docs.__call__ = call
 
 
 def process(root):
@@ -32,11 +55,11 @@ def process(root):
     from nbdev.serve import proc_nbs
 
     os.chdir(root)
-    folder = Path(proc_nbs(force=True, n_workers=0)).resolve()
-    for name in ("styles.css", "references.bib"):
-        if not (folder / name).exists() and (root / "nbs" / name).exists():
-            shutil.copy(root / "nbs" / name, folder / name)
-    return folder
+    spare_outputs()
+    try:
+        return Path(proc_nbs(force=True, n_workers=0)).resolve()
+    except Exception as error:  # nbdev names the chapter and the cell, and hides the reason in the cause
+        raise SystemExit(f"nbdev stopped. {error}\n{type(error.__cause__).__name__}: {error.__cause__}") from error
 
 
 def listed(config):
@@ -119,18 +142,30 @@ def rename_pages(out, names):
         path.write_text(old.sub(lambda m: m[1] + names[m[2]], text), encoding="utf-8")
 
 
-def offline(out, site_url):
-    "Take out what would ask another server, and make links to the site's own address relative."
+def offline(out):
+    "Take out what would ask another server, and the times of the sitemap, which change with every build."
     for path in sorted(out.rglob("*.css")):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(FONT.sub("", text), encoding="utf-8")
-    own = re.compile(rf'href="{re.escape(site_url)}/([^"/]+\.html)')
+        path.write_text(FONT.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
     for path in sorted(out.rglob("*.html")):
-        text = REMOTE_SCRIPT.sub("", path.read_text(encoding="utf-8"))
-        path.write_text(own.sub(r'href="\1', text), encoding="utf-8")
+        path.write_text(REMOTE.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
     if (out / "sitemap.xml").exists():
         text = (out / "sitemap.xml").read_text(encoding="utf-8")
         (out / "sitemap.xml").write_text(re.sub(r"\s*<lastmod>.*?</lastmod>", "", text), encoding="utf-8")
+
+
+def own_links(out, site_url):
+    "Make nbdev's links to the API relative; a method without an entry of its own leads to its class."
+    pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(out.glob("*.html"))}
+    own = re.compile(rf'href="{re.escape(site_url)}/([^"/#]+\.html)(?:#([^"]*))?"')
+
+    def relative(m):
+        name, anchor = m[1], m[2] or ""
+        if f'id="{anchor}"' not in pages.get(name, ""):
+            anchor = anchor.split(".")[0]
+        return f'href="{name}{"#" if anchor else ""}{anchor}"'
+
+    for name, text in pages.items():
+        (out / name).write_text(own.sub(relative, text), encoding="utf-8")
 
 
 def write_maths(out, problems):
@@ -161,7 +196,8 @@ def build(root, renderer, keep=False):
     out = root / "_docs"
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(folder / config["project"]["output-dir"], out)
-    offline(out, config["website"]["site-url"])
+    offline(out)
+    own_links(out, config["website"]["site-url"])
     if not keep:
         shutil.rmtree(folder)
     return problems + check(out)

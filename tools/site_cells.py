@@ -5,6 +5,7 @@ import re
 import struct
 
 import yaml
+from bs4 import BeautifulSoup
 from site_refs import CODE, WORDS, outside, text_of
 
 EQUATION = re.compile(r"\s*\$\$(.+?)\$\$\s*\{#(eq-[\w-]+)\}[ ]*", re.S)
@@ -12,6 +13,7 @@ CAPTIONED = re.compile(r"^(?P<colon>(?:[Tt]able)?:[ ]+)[^\n]*\{#(?P<table>tbl-[\
 OPTION = re.compile(r"^#\|[^\n]*\n?", re.M)
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 OURS = ("label", "fig-cap", "fig-alt", "tbl-cap")
+NUMBER = re.compile(r"[-−+<≤≥≈]?\s*(?:\d[\d.,\s±×%()kKMGiBx/–-]*)?$")
 PX = {"pt": 4 / 3, "px": 1, "in": 96, "": 1}
 
 
@@ -49,10 +51,13 @@ def svg_size(text):
 
 def size_attributes(mime, data):
     "`width` and `height` of a picture, so that the page does not jump when it loads."
+    size = None
     if mime == "image/svg+xml":
         size = svg_size(data.decode("utf-8"))
-    else:
-        size = {"image/png": lambda: struct.unpack(">II", data[16:24]), "image/gif": lambda: struct.unpack("<HH", data[6:10])}.get(mime, lambda: None)()
+    elif mime == "image/png":
+        size = struct.unpack(">II", data[16:24])
+    elif mime == "image/gif":
+        size = struct.unpack("<HH", data[6:10])
     return f' width="{size[0]}" height="{size[1]}"' if size else ""
 
 
@@ -68,9 +73,24 @@ def picture(data, name, folder, alt):
 
 
 def clean_table(value):
-    "A table without pandas' scoped style and border, in a box that scrolls."
-    value = re.sub(r"<style scoped>.*?</style>", "", value, flags=re.S).replace(' border="1"', "")
-    return f'<div class="sd-table">{value}</div>'
+    "The tables of an output without pandas' scoped style and border, columns of numbers marked, in a box that scrolls."
+    soup = BeautifulSoup(re.sub(r"<style scoped>.*?</style>", "", value, flags=re.S), "html.parser")
+    for table in soup.find_all("table"):
+        del table["border"]
+        for row in table.select("thead tr"):
+            del row["style"]
+        mark_numbers(table)
+    return f'<div class="sd-table" tabindex="0">{soup}</div>'
+
+
+def mark_numbers(table):
+    "Give the class `num` to the cells and the heading of each column of numbers, counted from the right."
+    rows = [row.find_all(["td", "th"]) for row in table.select("tbody tr")]
+    heads = [row.find_all(["td", "th"]) for row in table.select("thead tr")[-1:]]
+    for i in range(1, min(map(len, rows), default=0) + 1):
+        if all(NUMBER.match(row[-i].get_text().strip()) for row in rows):
+            for row in [r for r in rows + heads if len(r) >= i]:
+                row[-i]["class"] = [*row[-i].get("class", []), "num"]
 
 
 def float_block(content, label, caption, number):

@@ -41,6 +41,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not self.quiet:
             self.prose.append(data)
+        elif self.lasttag == "script" and re.search(r"\bimport\b[^;]*['\"]https?://", data):
+            self.faults.append("a script imports from another server")
 
 
 def is_remote(address):
@@ -50,7 +52,7 @@ def is_remote(address):
 
 def link_faults(root, name, page, pages):
     "The links of a page that lead to no file, or to no anchor in it."
-    for href in page.links:
+    for href in dict.fromkeys(page.links):
         parts = urlsplit(href)
         if parts.scheme or is_remote(href):
             continue

@@ -6,7 +6,7 @@ import subprocess
 import pypandoc
 from site_refs import rewrite
 
-KEY = r"[A-Za-z0-9_](?:[\w:.+/-]*\w)?"
+KEY = r"(?!(?:fig|tbl|eq|sec)-)[A-Za-z0-9_](?:[\w:.+/-]*\w)?"
 CITATION = re.compile(
     rf"\[[^\[\]]*?(?<![\w@])-?@{KEY}[^\[\]]*\](?!\()"      # [see @key, p. 3; @other]
     rf"|(?<![\w@/.\[])-?@{KEY}(?:\s+\[[^\[\]@]*\](?!\()(?!\[))?"  # @key, or @key [p. 3]

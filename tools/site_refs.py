@@ -20,6 +20,7 @@ NAME = r"-?@(?:fig|tbl|eq|sec)-[\w-]*\w"
 REFERENCE = re.compile(rf"\[((?:{NAME}[;,]?\s*)+)\](?!\()|(?<![\w@/.]){NAME}")
 CAPTION = re.compile(r"^#\|\s*(?:fig|tbl)-cap:.*(?:\n#\|\s{3,}.*)*", re.M)
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
+PRIVATE = re.compile(r"\[(`_\w+(?:\(\))?`)\]\([^)\s]*\)")
 SHOWN = re.compile(r"^show_doc\(([\w.]+)", re.M)
 DEFINED = re.compile(r"^(?:async )?(?:def|class) (\w+)", re.M)
 SIGNATURE = re.compile(r"```python\n.*?\n```\n+", re.S)
@@ -117,11 +118,12 @@ def title_of(nb, page):
     return m[1].strip().strip("'\"") if m else page
 
 
-def plain_badge(nb):
-    "Turn the Colab badge, a picture on another server, into a link, so that a page asks the network for nothing."
+def plain_links(nb):
+    "Make the Colab badge, a picture on another server, a link; and a private name, which has no entry to link to, plain code."
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
-            cell["source"] = BADGE.sub(r"[Open in Colab](\1){.open-in-colab}", text_of(cell["source"]))
+            source = BADGE.sub(r"[Open in Colab](\1){.open-in-colab}", text_of(cell["source"]))
+            cell["source"] = PRIVATE.sub(r"\1", source)
 
 
 def tidy_api(nb):
@@ -146,7 +148,7 @@ def prepare(notebooks, problems, here):
     labels = find_labels(notebooks, problems)
     titles = {page: title_of(nb, page) for page, nb in notebooks.items()}
     for page, nb in notebooks.items():
-        plain_badge(nb)
+        plain_links(nb)
         tidy_api(nb)
         resolve(page, nb, labels, titles, problems, here)
     return labels

@@ -1,0 +1,203 @@
+"The one-dimensional k-means against brute force and scikit-learn, on every dtype and on awkward values."
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+
+from nncomp.kmeans import inertia, kmeans_1d
+
+INITS = ("optimal", "linear", "density", "forgy", "k-means++")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def brute_force(x, k, w):
+    "Least inertia over all partitions of sorted points into at most k intervals, each about its own mean."
+    order = np.argsort(x)
+    x, w = x[order][w[order] > 0], w[order][w[order] > 0]
+    best = np.inf
+    for cuts in combinations(range(1, len(x)), min(k, len(x)) - 1):
+        ends = (0, *cuts, len(x))
+        total = 0.0
+        for i, j in zip(ends[:-1], ends[1:]):
+            centre = x[i] + np.average(x[i:j] - x[i], weights=w[i:j])
+            total += (w[i:j] * (x[i:j] - centre) ** 2).sum()
+        best = min(best, total)
+    return best
+
+
+def sample(kind, n, rng):
+    return {
+        "normal": lambda: rng.normal(size=n),
+        "tied": lambda: rng.integers(-3, 4, n).astype(float),
+        "constant": lambda: np.full(n, 0.3),
+        "two-valued": lambda: rng.choice([-0.7, 0.1], n),
+        "heavy": lambda: rng.standard_cauchy(n) * 1e3,
+        "even": lambda: np.arange(n) / 7,
+        "peaks": lambda: np.sign(rng.normal(size=n)) + 1e-6 * rng.normal(size=n),
+        "offset": lambda: 1e8 + rng.normal(size=n),
+        "descending": lambda: np.sort(rng.normal(size=n))[::-1],
+    }[kind]()
+
+
+KINDS = ("normal", "tied", "constant", "two-valued", "heavy", "even", "peaks", "offset", "descending")
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 12), st.integers(1, 13), st.booleans(), st.integers(0, 2**31))
+def test_optimum_equals_brute_force(kind, n, k, weighted, seed):
+    rng = np.random.default_rng(seed)
+    x = sample(kind, n, rng)
+    w = rng.integers(0, 4, n).astype(float) if weighted else np.ones(n)
+    w[0] = 1
+    codebook, assignments = kmeans_1d(x, k, weights=w if weighted else None)
+    least, ours = brute_force(x, k, w), inertia(x, codebook, assignments, w)
+    resolution = np.spacing(np.abs(x).max()) ** 2 * w.sum()      # a codebook of doubles cannot do better than this
+    assert abs(ours - least) <= 1e-9 * least + resolution
+    assert len(codebook) == min(k, len(np.unique(x[w > 0])))
+    for init in INITS[1:]:
+        other = kmeans_1d(x, k, init=init, weights=w if weighted else None)
+        assert len(other[0]) == len(codebook)
+        assert inertia(x, *other, w) >= least * (1 - 1e-9) - resolution
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-60000, 60000, width=16), min_size=1, max_size=40), st.integers(2, 20),
+       st.sampled_from(INITS), st.sampled_from(DTYPES), st.booleans())
+def test_what_holds_for_every_dtype_and_start(values, k, init, dtype, keep_zero):
+    x = torch.tensor(values, dtype=torch.float64).to(dtype)
+    codebook, assignments = kmeans_1d(x, k, init=init, keep_zero=keep_zero)
+    assert codebook.dtype == dtype and assignments.dtype == torch.int64 and assignments.shape == x.shape
+    assert 1 <= len(codebook) <= k and (codebook.double().diff() > 0).all()
+    assert codebook.double().min() >= x.double().min() and codebook.double().max() <= x.double().max()
+    if keep_zero:
+        assert torch.equal(codebook[assignments] == 0, x == 0)
+    else:
+        gap = (x.double()[:, None] - codebook.double()[None]).abs()
+        assert torch.equal(gap.gather(1, assignments[:, None])[:, 0], gap.min(1).values)
+    if len(x.unique()) <= k:
+        assert torch.equal(codebook[assignments], x)
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "tied", "peaks"])
+@pytest.mark.parametrize("k", [2, 7, 40])
+def test_never_worse_than_scikit_learn(kind, k):
+    x = sample(kind, 2000, np.random.default_rng(k))
+    k = min(k, len(np.unique(x)))
+    theirs = KMeans(k, n_init=3, random_state=0, tol=0).fit(x[:, None])
+    assert inertia(x, *kmeans_1d(x, k)) <= inertia(x, theirs.cluster_centers_[:, 0], theirs.labels_.astype(np.int64)) * (1 + 1e-9)
+
+
+def test_larger_optimum_by_dynamic_programming():
+    x = np.sort(np.random.default_rng(0).standard_t(2, 300))
+    one, two = np.append(0, x.cumsum()), np.append(0, (x**2).cumsum())
+    i, j = np.arange(301)[:, None], np.arange(301)[None]
+    cost = np.where(j > i, (two[j] - two[i]) - (one[j] - one[i]) ** 2 / np.maximum(j - i, 1), np.inf)
+    best = np.where(np.arange(301) == 0, 0.0, np.inf)
+    for k in range(1, 60):
+        best = (best[:, None] + cost).min(0)
+        assert inertia(x, *kmeans_1d(x, k)) == pytest.approx(best[-1], rel=1e-9)
+
+
+def test_coarse_price_search_is_still_exact():
+    "More points than the coarse level holds, ties included: all neighbours of the found partition cost at least as much."
+    for x in (np.random.default_rng(0).normal(size=100_000), np.arange(50_000.0)):
+        codebook, assignments = kmeans_1d(x, 37)
+        assert len(codebook) == 37
+        least = inertia(x, codebook, assignments)
+        for init in INITS[1:]:
+            assert inertia(x, *kmeans_1d(x, 37, init=init)) >= least * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_histogram_equals_sorting(dtype):
+    x = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 0.05).to(dtype)
+    w = torch.rand(5000, generator=torch.Generator().manual_seed(1)).double()
+    for weights in (None, w):
+        half, wide = kmeans_1d(x, 12, weights=weights), kmeans_1d(x.double(), 12, weights=weights)
+        assert torch.equal(half[0], wide[0].to(dtype))
+
+
+def test_centroids_stay_apart_when_rounded():
+    x = torch.tensor([1.0, 1.0009765625, 1.0009765625, 1.001953125, 1.001953125, 1.0029296875], dtype=torch.float16)
+    for k in range(1, 5):
+        codebook, assignments = kmeans_1d(x, k)
+        assert len(codebook.unique()) == len(codebook) <= k and int(assignments.max()) < len(codebook)
+
+
+def test_keep_zero_lets_nothing_vanish():
+    codebook, assignments = kmeans_1d(torch.tensor([-1.0, 0.0, 1.0]), 2, keep_zero=True)    # the mean of the others is 0
+    assert torch.equal(codebook[assignments] == 0, torch.tensor([False, True, False]))
+    tiny = torch.tensor([0.0, -6e-8, 6e-8, 1.0], dtype=torch.float16)
+    codebook, assignments = kmeans_1d(tiny, 3, keep_zero=True)
+    assert torch.equal(codebook[assignments] == 0, tiny == 0)
+    assert kmeans_1d(torch.tensor([1.0, 2.0]), 2, keep_zero=True)[0].tolist() == [1.0, 2.0]  # no zeros: nothing to keep
+    assert kmeans_1d(np.array([0.0, 5.0, 6.0]), 2, keep_zero=True, weights=np.array([1.0, 0, 0]))[0][0] == 0
+
+
+def test_scale_and_sign_do_not_matter():
+    x = np.random.default_rng(0).normal(size=200)
+    _, assignments = kmeans_1d(x, 9)
+    for scale in (1e-300, 1e-30, 1e150, 1e307):
+        assert np.array_equal(kmeans_1d(x * scale, 9)[1], assignments)
+    assert np.array_equal(8 - kmeans_1d(-x, 9)[1], assignments)
+
+
+def test_random_starts_follow_the_generator():
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    for init in ("forgy", "k-means++"):
+        draw = [kmeans_1d(x, 8, init=init, generator=torch.Generator().manual_seed(s))[0] for s in (0, 0, 1)]
+        assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+        assert torch.equal(kmeans_1d(x, 8, init=init)[0], draw[0])                         # without one: seed 0
+
+
+def test_arrays_and_tensors_of_any_layout():
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    expect = kmeans_1d(x, 3)
+    assert expect[0].dtype == np.float32 and expect[1].dtype == np.int64 and expect[1].shape == (6, 4)
+    for other in (frozen, np.asfortranarray(x), x[::-1][::-1], x.astype(">f4")):
+        assert np.array_equal(kmeans_1d(other, 3)[1], expect[1])
+    assert np.array_equal(kmeans_1d(x.T, 3)[1], expect[1].T)
+    parameter = torch.nn.Parameter(torch.from_numpy(x.copy()))
+    codebook, assignments = kmeans_1d(parameter, 3)
+    assert not codebook.requires_grad and np.array_equal(assignments.numpy(), expect[1])
+    assert kmeans_1d(torch.tensor(2.5), 3)[1].shape == ()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"k": 0}, "k must be an integer of at least 1, got 0"),
+    ({"k": 2.0}, "k must be an integer"),
+    ({"init": "random"}, "init must be one of optimal"),
+    ({"values": torch.empty(0)}, "at least one value"),
+    ({"values": torch.arange(4)}, "float16, bfloat16, float32 or float64, got torch.int64"),
+    ({"values": np.array([True, False])}, "got torch.bool"),
+    ({"values": np.array([1 + 2j])}, "got complex128"),
+    ({"values": np.array(["a"])}, "got <U1"),
+    ({"values": np.array([1.0, np.nan, np.inf])}, "values holds 2 NaN or infinite values of 3"),
+    ({"weights": torch.ones(2)}, "one entry per value, got 2 for 3"),
+    ({"weights": torch.tensor([1.0, -1.0, 1.0])}, "at least 0"),
+    ({"weights": torch.zeros(3)}, "not all 0"),
+    ({"weights": torch.tensor([1.0, float("nan"), 1.0])}, "weights holds 1 NaN"),
+    ({"values": torch.tensor([0.0, 1.0]), "k": 1, "keep_zero": True}, "k of at least 2"),
+])
+def test_bad_input(change, message):
+    arguments = {"values": torch.tensor([1.0, 2.0, 3.0]), "k": 2, **change}
+    with pytest.raises(ValueError) as error:
+        kmeans_1d(arguments.pop("values"), arguments.pop("k"), **arguments)
+    assert message in str(error.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu(dtype):
+    x = (torch.randn(20_000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    x[::3] = 0
+    for init in INITS:
+        here, there = kmeans_1d(x, 16, init=init, keep_zero=True), kmeans_1d(x.cuda(), 16, init=init, keep_zero=True)
+        assert there[0].is_cuda and there[1].is_cuda
+        assert torch.equal(there[0].cpu(), here[0]) and torch.equal(there[1].cpu(), here[1])

@@ -1,0 +1,405 @@
+"""Results: ids that last, runs that resume, records that cannot drift, and no orphan in the repository."""
+import dataclasses
+import json
+import math
+import re
+import shutil
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nncomp import results
+from nncomp.results import (
+    Published,
+    Record,
+    check_results,
+    config_id,
+    discover,
+    experiment,
+    find_experiment,
+    load_records,
+    mean_sd,
+    models_root,
+    paired_interval,
+    read_record,
+    reproduce,
+    results_root,
+    shipped,
+    show_table,
+    table,
+)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+# ---- the repository itself
+
+def test_repository_has_no_orphan_and_every_number_has_its_run():
+    discover()
+    assert check_results(REPOSITORY) == []
+
+
+def test_repository_records_are_small_and_named_by_registered_experiments():
+    names = set(discover())
+    for path in (REPOSITORY / "results").glob("*/*/*.json"):
+        assert path.parts[-3] in names, path
+        assert path.stat().st_size <= 10_000, path
+    for path in (REPOSITORY / "models").glob("*.nncomp"):
+        pair = shipped(path.stem, REPOSITORY)
+        assert pair and pair[1] == path and pair[0].artefact_bytes == path.stat().st_size, path
+
+
+# ---- ids
+
+@dataclass(frozen=True)
+class Inner:
+    lr: float = 0.1
+    name: str = "adam"
+
+
+@dataclass(frozen=True)
+class Config:
+    sparsity: float = 0.9
+    bits: tuple = (8, 5)
+    inner: Inner = Inner(lr=0.5)
+    parts: tuple[Inner, ...] = ()
+    note: str | None = None
+    other: Inner | None = None
+    made: tuple = field(default_factory=lambda: (1.5,))
+
+
+numbers = st.one_of(st.integers(-10**6, 10**6), st.floats(allow_nan=False, allow_infinity=False))
+inners = st.builds(Inner, lr=numbers, name=st.text(max_size=5))
+configs = st.builds(Config, sparsity=numbers, bits=st.lists(numbers, max_size=3).map(tuple), inner=inners,
+                    parts=st.lists(inners, max_size=2).map(tuple), note=st.none() | st.text(max_size=5), other=st.none() | inners)
+
+
+@settings(deadline=None, max_examples=50)
+@given(configs, configs)
+def test_equal_configs_and_only_those_share_an_id(a, b):
+    same = results._json(results._plain(a, "")) == results._json(results._plain(b, ""))
+    assert (config_id(a, "x") == config_id(b, "x")) == same
+    assert config_id(a, "x") == config_id(dataclasses.replace(a), "x")
+    if a == b:
+        assert same
+
+
+@settings(deadline=None, max_examples=50)
+@given(configs)
+def test_a_config_survives_its_record(config):
+    stored = json.loads(results._json(results._plain(config, "")))
+    again = results._rebuild([Config], stored)
+    assert again == config and config_id(again, "x") == config_id(config, "x")
+
+
+@settings(deadline=None, max_examples=50)
+@given(configs)
+def test_new_option_with_default_renames_nothing(config):
+    extended = dataclass(frozen=True)(type("Config", (Config,), {"__annotations__": {"momentum": float}, "momentum": 0.0}))
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    assert config_id(extended(**values), "x") == config_id(config, "x")
+    assert config_id(extended(**values, momentum=0.9), "x") != config_id(config, "x")
+
+
+def test_ids_are_pinned():
+    "The ids of committed records must never move."
+    assert config_id(Config()) == config_id(Config(), "") == "b0909acb87"
+    assert config_id(Config(sparsity=0.5), "x") == "0da4df0263"
+    assert config_id(Config(other=Inner(lr=1)), "x") == "fb6b24c836"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, torch.ones(1), Path("a"), {"a": 1}, {1}, b"x", object()])
+def test_values_without_stable_form_are_refused(value):
+    with pytest.raises(ValueError, match="no stable JSON form"):
+        config_id(Config(note=value))
+
+
+# ---- a tree of records to break
+
+@dataclass(frozen=True)
+class Job:
+    size: int = 10
+    inner: Inner = Inner()
+
+
+CALLS = []
+
+
+def work(config: Job, seed: int, folder: Path) -> dict:
+    CALLS.append((config.size, seed))
+    (folder / "out.nncomp").write_bytes(bytes([seed]) * config.size)
+    return {"error": torch.rand(()).item() + config.size, "nested": {"loss": torch.tensor(float("nan"))}, "artefact": folder / "out.nncomp"}
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch):
+    monkeypatch.setattr(results, "_EXPERIMENTS", dict(results._EXPERIMENTS))
+    CALLS.clear()
+    experiment("test-job", configs=[Job(), Job(size=20)])(work)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    reproduce("test-job", 2, root=tmp_path, progress=False)
+    assert check_results(tmp_path) == []
+    return tmp_path
+
+
+def first(tree):
+    return tree / "results" / "test-job" / config_id(Job(), "test-job") / "seed-0.json"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+MUTATIONS = {
+    "config edited": lambda t: edit(first(t), config={"size": 11, "inner": {"Inner": {"lr": 0.1, "name": "adam"}}}),
+    "nested config edited": lambda t: edit(first(t), config={"size": 10, "inner": {"Inner": {"lr": 0.2, "name": "adam"}}}),
+    "config with unknown option": lambda t: edit(first(t), config={"size": 10, "colour": 1}),
+    "config with unknown class": lambda t: edit(first(t), config={"size": 10, "inner": {"Outer": {}}}),
+    "config is a list": lambda t: edit(first(t), config=[1]),
+    "id edited": lambda t: edit(first(t), id="0123456789"),
+    "seed edited": lambda t: edit(first(t), seed=5),
+    "other experiment's name": lambda t: edit(first(t), experiment="test-other"),
+    "unknown key": lambda t: edit(first(t), colour="red"),
+    "not JSON": lambda t: first(t).write_text("{"),
+    "not UTF-8": lambda t: first(t).write_bytes(b"\xff\xfe{}"),
+    "JSON of another kind": lambda t: first(t).write_text("[1, 2]"),
+    "deeply nested JSON": lambda t: first(t).write_text("[" * 9000),
+    "empty": lambda t: first(t).write_text(""),
+    "too large": lambda t: first(t).write_text(first(t).read_text() + " " * 10_000),
+    "wrong file name": lambda t: first(t).rename(first(t).with_name("seed-x.json")),
+    "wrong folder": lambda t: first(t).parent.rename(first(t).parent.with_name("0123456789")),
+    "orphan experiment": lambda t: (t / "results" / "test-job").rename(t / "results" / "test-gone"),
+    "stray file": lambda t: (t / "results" / "notes.txt").write_text("hm"),
+    "stray model": lambda t: (t / "models" / "stray.nncomp").write_bytes(b""),
+    "model without record": lambda t: shutil.rmtree(t / "results"),
+    "model missing": lambda t: (t / "models" / "test-job.nncomp").unlink(),
+    "model changed": lambda t: (t / "models" / "test-job.nncomp").write_bytes(b"!" * 10),
+    "sha256 edited": lambda t: edit(first(t), artefact_sha256="0" * 64),
+    "shipped seed's record gone": lambda t: first(t).unlink(),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_check_results_finds(name, tree):
+    MUTATIONS[name](tree)
+    problems = check_results(tree)
+    assert problems and all("\n" not in p for p in problems), name
+
+
+@pytest.mark.parametrize("name", ["config edited", "not JSON", "too large", "model changed", "sha256 edited", "wrong folder"])
+def test_load_records_refuses(name, tree):
+    MUTATIONS[name](tree)
+    with pytest.raises(ValueError):
+        load_records("test-job", tree)
+
+
+def test_readmes_and_gitkeeps_are_no_orphans(tree):
+    for folder in ("results", "models"):
+        (tree / folder / "README.md").write_text("hello")
+        (tree / folder / ".gitkeep").touch()
+    assert check_results(tree) == []
+    assert check_results(tree / "nowhere") == []
+
+
+def test_default_that_moves_is_noticed(tree):
+    @dataclass(frozen=True)
+    class Moved:
+        size: int = 12
+        inner: Inner = Inner()
+
+    Moved.__name__ = "Job"
+    results._EXPERIMENTS["test-job"] = dataclasses.replace(find_experiment("test-job"), config_class=Moved)
+    with pytest.raises(ValueError, match="was a default or the record changed"):
+        load_records("test-job", tree)
+
+
+# ---- running
+
+def test_record_holds_what_a_reader_needs(tree):
+    text = first(tree).read_text()
+    record = read_record(first(tree))
+    assert list(json.loads(text)) == sorted(json.loads(text)) and len(text.encode()) <= 10_000
+    assert set(record.versions) == {"python", "torch", "numpy", "nncomp"} and record.threads >= 1 and record.device
+    assert record.metrics["nested"] == {"loss": None}  # NaN is null
+    assert (record.artefact, record.artefact_bytes) == ("out.nncomp", 10)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", record.date)
+    assert record.commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record.commit)
+    assert str(tree) not in text and str(Path.home()) not in text
+
+
+def test_nothing_runs_twice_and_missing_runs_are_added(tree):
+    CALLS.clear()
+    assert len(reproduce("test-job", 2, root=tree, progress=False)) == 4 and not CALLS
+    reproduce("test-job", [7], root=tree, progress=False)
+    assert CALLS == [(10, 7), (20, 7)]
+    assert [r.seed for r in load_records("test-job", tree)] == [0, 1, 7, 0, 1, 7]
+    assert check_results(tree) == []
+
+
+def test_force_starts_from_an_empty_folder(tree):
+    before = read_record(first(tree))
+    folder = tree / "runs" / "test-job" / before.id / "seed-0"
+    (folder / "checkpoint").touch()
+    after = reproduce("test-job", [0], root=tree, force=True, progress=False)[0]
+    assert not (folder / "checkpoint").exists() and after.metrics == before.metrics
+
+
+def test_every_run_starts_from_its_seed(tmp_path, tree):
+    "The order of runs does not matter."
+    other = tmp_path / "other"
+    reproduce("test-job", [1], root=other, progress=False)
+    assert [r.metrics for r in load_records("test-job", other)] == [r.metrics for r in load_records("test-job", tree) if r.seed == 1]
+
+
+def test_lowest_seed_is_shipped_also_when_it_comes_late(tmp_path):
+    reproduce("test-job", [3, 4], root=tmp_path, progress=False)
+    assert (tmp_path / "models" / "test-job.nncomp").read_bytes() == b"\x03" * 10
+    reproduce("test-job", [1, 2], root=tmp_path, progress=False)
+    assert (tmp_path / "models" / "test-job.nncomp").read_bytes() == b"\x01" * 10
+    assert check_results(tmp_path) == []
+
+
+def test_designated_seed_is_shipped(tmp_path):
+    experiment("test-job", artefact=2, configs=[Job()])(work)
+    reproduce("test-job", [0, 1], root=tmp_path, progress=False)
+    assert shipped("test-job", tmp_path) is None and not (tmp_path / "models").exists()
+    reproduce("test-job", 3, root=tmp_path, progress=False)
+    assert shipped("test-job", tmp_path)[0].seed == 2
+    assert (tmp_path / "models" / "test-job.nncomp").read_bytes() == b"\x02" * 10
+
+
+def test_interrupted_run_resumes_and_reports_all_its_seconds(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(results.time, "perf_counter", lambda: now[0])
+
+    def slow(config: Job, seed: int, folder: Path) -> dict:
+        now[0] += 5
+        if not (folder / "half").exists():
+            (folder / "half").touch()
+            raise KeyboardInterrupt
+        return {"error": 1.0}
+
+    experiment("test-slow")(slow)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("test-slow", root=tmp_path, progress=False)
+    assert load_records("test-slow", tmp_path) == [] and check_results(tmp_path) == []
+    assert reproduce("test-slow", root=tmp_path, progress=False)[0].seconds == 10
+
+
+@pytest.mark.parametrize("metrics, message", [({"x": object()}, "cannot be recorded"), ({"x": [0.123456] * 2000}, "put long lists"),
+                                              ({"artefact": Path(__file__)}, "must lie in the run's folder")])
+def test_a_run_that_cannot_be_recorded_leaves_no_record(metrics, message, tmp_path):
+    def bad(config: Job, seed: int, folder: Path) -> dict:
+        return metrics
+
+    experiment("test-bad")(bad)
+    with pytest.raises(ValueError, match=message):
+        reproduce("test-bad", root=tmp_path, progress=False)
+    assert not list(tmp_path.glob("results/**/*.json")) and not (tmp_path / "models").exists()
+
+
+def test_registration_errors():
+    def untyped(config, seed, folder): return {}
+    def short(config: Job): return {}
+
+    @dataclass
+    class Thawed:
+        size: int = 1
+
+    def thawed(config: Thawed, seed, folder): return {}
+    for run in (untyped, short, thawed):
+        with pytest.raises(ValueError, match="frozen dataclass"):
+            experiment("test-x")(run)
+    with pytest.raises(ValueError, match="already registered"):
+        experiment("test-job")(_impostor)
+    for name in ("", "A", "../up", "a b", ".hidden", "a/b"):
+        with pytest.raises(ValueError, match="name is made of"):
+            experiment(name)
+    with pytest.raises(ValueError, match="needs configs"):
+        experiment("test-y", configs=[])(work)
+    with pytest.raises(ValueError, match="no experiment 'nope'; there are: .*test-job"):
+        reproduce("nope")
+
+
+def _impostor(config: Job, seed: int, folder: Path) -> dict:
+    return {}
+
+
+def test_roots(tmp_path, monkeypatch):
+    assert results_root(tmp_path) == tmp_path / "results" and models_root(str(tmp_path)) == tmp_path / "models"
+    monkeypatch.delenv("NNCOMP_RESULTS", raising=False)
+    monkeypatch.chdir(REPOSITORY / "nbs")
+    assert results_root() == REPOSITORY / "results"
+    monkeypatch.chdir(tmp_path)
+    assert results_root() == Path.cwd() / "results"
+    monkeypatch.setenv("NNCOMP_RESULTS", str(tmp_path / "elsewhere"))
+    assert models_root() == tmp_path / "elsewhere" / "models"
+
+
+# ---- numbers
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=12))
+def test_mean_sd_rounds_both_to_two_digits_of_the_deviation(values):
+    text = mean_sd(values)
+    mean, sd, n = re.fullmatch(r"(-?[\d,.]+(?:e-\d+)?) ± ([\d,.]+) \((\d+)\)", text).groups()
+    true = statistics.stdev(values)
+    assert int(n) == len(values)
+    if len(set(values)) > 1 and true > 1e-12:
+        place = 10.0 ** (math.floor(math.log10(true)) - 1)
+        assert abs(float(sd.replace(",", "")) - true) <= place * 0.51
+        assert abs(float(mean.replace(",", "")) - statistics.fmean(values)) <= place * 5.1
+        digits = sd.replace(",", "").replace(".", "").strip("0")
+        assert len(digits) <= 2 and len(mean.partition(".")[2]) == len(sd.partition(".")[2])
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=2, max_size=10), st.floats(0.5, 0.99))
+def test_paired_interval_is_scipys(pairs, level):
+    stats = pytest.importorskip("scipy.stats")
+    a, b = zip(*pairs)
+    low, high = paired_interval(a, b, level)
+    d = [x - y for x, y in pairs]
+    assert low <= statistics.fmean(d) + 1e-9 and high >= statistics.fmean(d) - 1e-9
+    if statistics.stdev(d) > 1e-6:
+        oracle = stats.ttest_rel(a, b).confidence_interval(level)
+        assert math.isclose(low, oracle.low, rel_tol=1e-6, abs_tol=1e-6) and math.isclose(high, oracle.high, rel_tol=1e-6, abs_tol=1e-6)
+
+
+def test_table_from_records(tree):
+    pytest.importorskip("pandas")
+    records = load_records("test-job", tree)
+    small = [r for r in records if r.config["size"] == 10]
+    columns = {"error": "error", "bytes": lambda r: r.artefact_bytes, "file": lambda r: r.artefact, "loss": "nested.loss",
+               "error, theirs": Published({"small": "1.64"}, "Han 2016")}
+    frame = table({"small": small, "theirs": None}, columns, digits={"error": 1})
+    assert list(frame) == ["model", "error", "bytes", "file", "loss", "error, theirs (published: Han 2016)", "run"]
+    values = [r.metrics["error"] for r in small]
+    sd = statistics.stdev(values)
+    assert frame.iloc[0].tolist() == ["small", f"{statistics.fmean(values):.1f} ± {sd:.1f} (2)", "10 ± 0 (2)", "out.nncomp",
+                                      "–; 2 failed", "1.64", f"test-job/{config_id(Job(), 'test-job')}"]
+    assert frame.iloc[1].tolist() == ["theirs", "", "", "", "", "", ""]
+    page = show_table(frame).to_html()
+    assert page == show_table(frame.copy()).to_html() and "1.64" in page
+    for rows, message in (({"mixed": records}, "mixes 2 configurations"), ({"none": []}, "has no records")):
+        with pytest.raises(ValueError, match=message):
+            table(rows, columns)
+    with pytest.raises(ValueError, match="nncomp reproduce test-job"):
+        table({"none": "test-job"}, columns, root=tree / "nowhere")
+    with pytest.raises(ValueError, match="no metric 'accuracy'"):
+        table({"small": small}, {"x": "accuracy"})
+
+
+def test_text_in_a_row_must_agree():
+    pytest.importorskip("pandas")
+    records = [Record("a", "b", k, {}, {"name": n}, None, {}, "", 1, "", 0.0, "") for k, n in enumerate("xy")]
+    with pytest.raises(ValueError, match="must agree"):
+        table({"a": records}, {"name": "name"})

@@ -1,0 +1,266 @@
+"Schedules: exact targets for any ramp, masks that only shrink, resumed runs equal to whole ones, scans that leave no trace."
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nncomp.core import named_weights, seed_everything
+from nncomp.data import Data, Split
+from nncomp.pruning import MaskCallback, magnitude_mask
+from nncomp.schedules import (
+    Pruner,
+    cubic_sparsity,
+    grow_masks,
+    iterative_prune,
+    scaled_dropout,
+    sensitivity_scan,
+    suggest_sparsities,
+)
+from nncomp.training import Callback, evaluate, fit
+
+fractions = st.floats(0, 1, allow_nan=False)
+targets = st.floats(0, 0.999, allow_nan=False)
+
+
+def toy_data(seed=0, n=96):
+    g = torch.Generator().manual_seed(seed)
+    make = lambda k: Split(torch.randn(k, 1, 4, 4, generator=g), torch.randint(0, 3, (k,), generator=g))
+    return Data("toy", make(n), make(32), make(32), 3)
+
+
+def toy_net(seed=0):
+    seed_everything(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def train(net, callbacks, **options):
+    return fit(net, toy_data(), callbacks=callbacks, **{"epochs": 4, "lr": 0.02, "batch_size": 16, "progress": False, "schedule": "constant"} | options)
+
+
+def wanted(n, sparsity, floor=0.001):
+    return min(round(sparsity * n), n - math.ceil(floor * n))
+
+
+@given(fractions, fractions, st.lists(fractions, min_size=2, max_size=9))
+@settings(deadline=None)
+def test_cubic(final, initial, grid):
+    final, initial = max(final, initial), min(final, initial)
+    values = [cubic_sparsity(t, final, initial) for t in sorted(grid)]
+    assert all(a <= b + 1e-12 for a, b in zip(values, values[1:]))
+    assert all(initial - 1e-12 <= v <= final + 1e-12 for v in values)
+    assert cubic_sparsity(1.0, final, initial) == final
+
+
+@given(st.integers(0, 999), st.lists(targets, min_size=1, max_size=4), st.sampled_from(["layer", "global"]), st.sampled_from([0.001, 0.0]))
+@settings(max_examples=60, deadline=None)
+def test_grown_masks_are_nested_and_exact(seed, grid, scope, floor):
+    net, masks = toy_net(seed), None
+    g = torch.Generator().manual_seed(seed)
+    for i, s in enumerate(sorted(grid)):
+        new = grow_masks(net, s, masks, scope=scope, floor=floor)
+        if masks is not None:
+            assert all(not (new[name] & ~masks[name]).any() for name in masks)
+        sizes = [m.numel() for m in new.values()]
+        dropped = [int((~m).sum()) for m in new.values()]
+        if scope == "layer":
+            assert dropped == [wanted(n, s, floor) for n in sizes]
+        else:
+            assert sum(dropped) == min(round(s * sum(sizes)), sum(n - math.ceil(floor * n) for n in sizes))
+        assert not floor or all(m.any() for m in new.values())
+        masks = new
+        with torch.no_grad():  # the weights move on, the dropped ones too: nothing may return
+            for w in named_weights(net).values():
+                w.add_(torch.randn(w.shape, generator=g))
+
+
+@given(
+    sparsity=targets, schedule=st.sampled_from(["cubic", "linear", "one-shot"]), ramp=st.tuples(fractions, fractions),
+    every=st.integers(1, 30), total=st.integers(1, 40), scope=st.sampled_from(["layer", "global"]),
+)
+@settings(max_examples=80, deadline=None)
+def test_every_ramp_ends_on_target(sparsity, schedule, ramp, every, total, scope):
+    net = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5))
+    pruner = Pruner(sparsity, schedule=schedule, begin=min(ramp), end=max(ramp), every=every, scope=scope)
+    run = SimpleNamespace(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), step=0, total_steps=total)
+    g = torch.Generator().manual_seed(0)
+    pruner.before_fit(run)
+    last = -1
+    for step in range(1, total + 1):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+        run.step = step
+        pruner.after_step(run)
+        now = sum(int((~m).sum()) for m in pruner.masks.values())
+        assert now >= last
+        assert all((net.get_parameter(name)[~m] == 0).all() for name, m in pruner.masks.items())
+        last = now
+        if step / total < min(ramp):
+            assert now == 0
+    sizes = [63, 35]
+    assert last == (sum(wanted(n, sparsity) for n in sizes) if scope == "layer" else min(round(sparsity * 98), 96))
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adam"}, {"optimizer": "adamw", "weight_decay": 0.1}],
+                         ids=lambda o: o["optimizer"])
+def test_zeros_hold_while_sparsity_grows(options):
+    net, pruner, log = toy_net(), Pruner(0.8, every=3), []
+
+    class Look(Callback):
+        def after_step(self, run):
+            for name, mask in pruner.masks.items():
+                p = run.model.get_parameter(name)
+                state = [v for v in run.optimizer.state[p].values() if isinstance(v, torch.Tensor) and v.shape == p.shape]
+                log.append(all((v[~mask] == 0).all() for v in [p, *state]) and bool(state))
+
+    train(net, [pruner, Look()], **options)
+    assert log and all(log)
+    for name, w in named_weights(net).items():
+        assert int((w == 0).sum()) == int((~pruner.masks[name]).sum()) == wanted(w.numel(), 0.8)
+    assert list(net.state_dict()) == list(toy_net().state_dict())
+
+
+def test_targets_by_name_leave_the_rest_alone():
+    net = toy_net()
+    pruner = Pruner({"4.weight": 0.9, "4.bias": 0.5}, schedule="one-shot")
+    train(net, [pruner], epochs=1)
+    assert set(pruner.masks) == {"4.weight", "4.bias"}
+    assert int((net[4].weight == 0).sum()) == round(0.9 * 512) and int((net[4].bias == 0).sum()) == 4
+    assert (net[0].weight != 0).all() and (net[6].weight != 0).all()
+
+
+class Stop(Callback):
+    "Interrupt the run in the middle of an epoch."
+    def __init__(self, epoch): self.epoch = epoch
+    def after_step(self, run):
+        if run.epoch == self.epoch and run.step % run.steps_per_epoch == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("make", [lambda: Pruner(0.9, every=4), lambda: Pruner(0.9, every=5, scope="global", end=1.0),
+                                  lambda: Pruner(0.8, schedule="one-shot"), lambda: Pruner(0.8, schedule="one-shot", begin=0.6)])
+def test_resume_is_the_same_run(tmp_path, make, epoch):
+    options = {"optimizer": "sgd", "momentum": 0.9, "lr": 0.01}
+    whole, one = toy_net(), make()
+    train(whole, [one], **options)
+    try:
+        train(toy_net(), [make(), Stop(epoch)], checkpoint=tmp_path / "run.pt", **options)
+    except KeyboardInterrupt:
+        pass
+    parts, two = toy_net(1), make()
+    train(parts, [two], checkpoint=tmp_path / "run.pt", **options)
+    for name in one.masks:
+        assert torch.equal(one.masks[name], two.masks[name]), name
+    for (name, p), q in zip(whole.named_parameters(), parts.named_parameters()):
+        assert torch.equal(p, q[1]), name
+
+
+def test_same_seed_same_masks_and_copies_are_independent():
+    pruners = [Pruner(0.7, every=2), Pruner(0.7, every=2)]
+    nets = [toy_net(), toy_net()]
+    for net, pruner in zip(nets, pruners):
+        train(net, [pruner])
+    assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters()))
+    twin = copy.deepcopy(pruners[0])
+    twin.masks["0.weight"].fill_(True)
+    assert not pruners[0].masks["0.weight"].all()
+
+
+def test_bad_pruners():
+    for bad in ({"sparsity": 0.5, "schedule": "exponential"}, {"sparsity": 0.5, "begin": 0.6, "end": 0.5}, {"sparsity": 0.5, "begin": -1},
+                {"sparsity": 0.5, "every": 0}, {"sparsity": 0.5, "end": 75}):
+        with pytest.raises(ValueError):
+            Pruner(**bad)
+    for bad, text in ((Pruner(90), r"\[0, 1\]"), (Pruner(1.0), "nothing at all"), (Pruner(0.9995), "floor"), (Pruner({"x": 0.5}), "x is not a parameter"),
+                      (Pruner(0.5, scope="row"), "scope"), (Pruner({"0.weight": 0.5}, scope="global"), "scope='layer'"), (Pruner({}), "nothing to prune")):
+        net = toy_net()
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ValueError, match=text):
+            train(net, [bad])
+        assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    with pytest.raises(ValueError, match="nothing to prune"):
+        grow_masks(nn.BatchNorm1d(4), 0.5)
+    broken = toy_net()
+    broken[4].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="4.weight holds 1 NaN"):
+        grow_masks(broken, 0.5)
+
+
+def test_rounds_by_layer_kind():
+    net = toy_net()
+    steps = [{"0.weight": 0.5}, {"4.weight": 0.6, "6.weight": 0.25}, {"0.weight": 0.75}]
+    masks, rounds = iterative_prune(net, toy_data(), steps, epochs=1, lr=1e-3, batch_size=32, progress=False)
+    dropped = {name: int((~m).sum()) for name, m in masks.items()}
+    assert dropped == {"0.weight": 27, "4.weight": 307, "6.weight": 6}
+    assert {name: int((w == 0).sum()) for name, w in named_weights(net).items()} == dropped
+    assert [r["round"] for r in rounds] == [1, 2, 3] and rounds[0]["sparsity"] == 0.5
+    assert rounds[-1]["accuracy"] == evaluate(net, toy_data().valid).accuracy
+    with pytest.raises(TypeError):
+        iterative_prune(net, toy_data(), [0.5], epoch=1)  # a typo is an error
+
+
+@given(st.floats(0, 1), st.integers(1, 10**7), st.data())
+@settings(deadline=None)
+def test_dropout_rule(rate, before, data):
+    after = data.draw(st.integers(0, before))
+    scaled = scaled_dropout(rate, before, after)
+    assert 0 <= scaled <= rate and math.isclose(scaled**2 * before, rate**2 * after, abs_tol=1e-9 * before)
+
+
+def test_scan_leaves_the_model_bit_identical():
+    net = toy_net().train()
+    net[1].eval()
+    before, modes = {n: v.clone() for n, v in net.state_dict().items()}, [m.training for m in net.modules()]
+    scan = sensitivity_scan(net, toy_data(), (0.0, 0.5, 1.0))
+    assert len(scan) == 9 and list(scan["layer"].unique()) == ["0.weight", "4.weight", "6.weight"]
+    twin = copy.deepcopy(net)
+    twin[4].weight.data.masked_fill_(~magnitude_mask(twin[4].weight, 0.5), 0.0)
+    row = scan[(scan["layer"] == "4.weight") & (scan["sparsity"] == 0.5)].iloc[0]
+    result = evaluate(twin, toy_data().valid)
+    assert (row["accuracy"], row["loss"]) == (result.accuracy, result.loss)
+
+    class Broken(RuntimeError): ...
+
+    def batches():
+        yield from toy_data().batches("valid", 16)
+        raise Broken
+
+    lazy = SimpleNamespace(valid=type("Batches", (), {"__iter__": lambda self: batches(), "__len__": lambda self: 3})())
+    with pytest.raises(Broken):
+        sensitivity_scan(net, lazy, (0.5,))
+    with pytest.raises(ValueError, match="iterator"):
+        sensitivity_scan(net, iter([]), (0.5,))
+    with pytest.raises(ValueError):
+        sensitivity_scan(net, toy_data(), (0.5, -0.5))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+        assert torch.equal(torch.signbit(value), torch.signbit(before[name]))
+    assert [m.training for m in net.modules()] == modes
+    loader = [(xb, yb) for xb, yb in toy_data().batches("valid", 8)]
+    by_list = sensitivity_scan(net, loader, (0.0, 0.5, 1.0), names=["4.weight"])
+    assert by_list["accuracy"].tolist() == scan[scan["layer"] == "4.weight"]["accuracy"].tolist()
+
+
+def test_suggested_targets_feed_a_pruner():
+    net = toy_net()
+    targets = suggest_sparsities(sensitivity_scan(net, toy_data(), (0.0, 0.5, 0.9)), 0.2)
+    assert set(targets) == set(named_weights(net)) and set(targets.values()) <= {0.0, 0.5, 0.9}
+    pruner = Pruner(targets, schedule="one-shot")
+    train(net, [pruner], epochs=1)
+    for name, w in named_weights(net).items():
+        assert int((~pruner.masks[name]).sum()) == wanted(w.numel(), targets[name])
+
+
+def test_pruner_beside_a_mask():
+    net = toy_net()
+    held = {name: magnitude_mask(w, 0.5) for name, w in named_weights(net).items()}
+    pruner = Pruner(0.75, every=2)
+    train(net, [MaskCallback(held), pruner])
+    for name, w in named_weights(net).items():
+        assert (w[~held[name]] == 0).all() and int((w == 0).sum()) == wanted(w.numel(), 0.75)

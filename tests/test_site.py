@@ -1,0 +1,250 @@
+"The website: built once without Quarto, then read as a reader without a network would meet it."
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+pytest.importorskip("smalldocs", reason="the site's tools come with the extra `dev`")
+import build_site  # noqa: E402
+import make_readme  # noqa: E402
+import site_cells  # noqa: E402
+import site_check  # noqa: E402
+import site_pandoc  # noqa: E402
+import site_refs  # noqa: E402
+
+COPIED = ("nbs", "nncomp", "settings.ini", "setup.py", "_quarto.yml", "README.md", "results")
+
+
+def copy_repository(folder, notebooks=None):
+    "A copy of what the site is built from, with all the notebooks or only those named."
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    for path in (folder / "nbs").glob("*.ipynb"):
+        if notebooks is not None and path.name not in notebooks:
+            path.unlink()
+    return folder
+
+
+def run_build(folder):
+    "Build the copy in a process of its own."
+    command = [sys.executable, str(ROOT / "tools" / "build_site.py"), "--root", str(folder), "--renderer", "smalldocs"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The built site and what the build said on stderr; built once, whichever of the test processes comes first."
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "stderr").write_text(run_build(copy_repository(folder)).stderr)
+    return folder / "_docs", (folder / "stderr").read_text()
+
+
+@pytest.fixture(scope="session")
+def pages(site):
+    "The text of every page, by name."
+    return {p.name: p.read_text(encoding="utf-8") for p in site[0].glob("*.html")}
+
+
+def config():
+    return yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+
+
+def test_the_sidebar_lists_every_notebook():
+    names = {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
+    entries = build_site.listed(config())
+    assert set(entries) == names and len(entries) == len(set(entries))
+
+
+def test_addresses_agree_with_the_settings():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    web = config()["website"]
+    assert web["repo-url"] == settings["DEFAULT"]["git_url"]
+    assert web["site-url"] == settings["DEFAULT"]["doc_host"] + settings["DEFAULT"]["doc_baseurl"]
+
+
+def test_the_site_builds_without_a_problem(site):
+    assert "problem(s)" not in site[1] and site[0].is_dir(), site[1][-4000:]
+
+
+def test_every_chapter_has_a_page(site, pages):
+    modules = [p.stem for p in (ROOT / "nbs").glob("*.ipynb")]
+    assert {re.sub(r"^\d+_", "", m) + ".html" for m in modules} <= set(pages)
+
+
+def test_nothing_is_broken(site):
+    assert site_check.check(site[0]) == []
+
+
+def test_pages_ask_no_other_server(pages):
+    for name, text in pages.items():
+        assert not re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=[\"']?(?:https?:)?//", text), name
+        assert not re.findall(r"<link[^>]*rel=\"stylesheet\"[^>]*href=[\"']?(?:https?:)?//", text), name
+
+
+def test_formulas_are_mathml(pages):
+    assert '<math display="block"' in pages["core.html"] and "katex" not in pages["core.html"]
+    assert '<span class="eq-number">(1)</span>' in pages["core.html"]
+
+
+def test_figures_are_numbered_and_described(pages):
+    for name, text in pages.items():
+        captions = re.findall(r'<figure class="nncomp-float nncomp-fig" id="[^"]+">.*?</figure>', text, re.S)
+        numbers = [int(re.search(r"<figcaption>\s*<p>Figure\s(\d+): ", c)[1]) for c in captions]
+        assert numbers == sorted(numbers) and all(re.search(r'alt="[^"]+" width="\d+" height="\d+"', c) for c in captions), name
+
+
+def test_labels_become_numbers(pages):
+    cells = [c for p in (ROOT / "nbs").glob("*.ipynb") for c in json.loads(p.read_text())["cells"]]
+    labels = [x[0] for c in cells for x in site_refs.labels_of(c)]
+    assert labels and all(any(f'id="{label}"' in text for text in pages.values()) for label in labels)
+
+
+def test_citations_lead_to_the_list_of_references(pages):
+    for name, text in pages.items():
+        for key in re.findall(r'href="#ref-([^"]+)"', text):
+            assert f'id="ref-{key}"' in text, (name, key)
+
+
+def test_every_reference_can_be_found_by_a_reader():
+    entries = re.split(r"\n(?=@)", (ROOT / "nbs" / "references.bib").read_text(encoding="utf-8"))
+    assert [e.split("\n")[0] for e in entries if not re.search(r"\b(doi|eprint|url|isbn)\s*=", e)] == []
+
+
+# ---- planted faults: the tool must fail and name them
+
+
+def notebook(*cells):
+    "A minimal notebook of Markdown cells, as nbdev leaves it in `_proc`."
+    front = {"cell_type": "raw", "id": "front", "metadata": {}, "source": "---\ntitle: Planted\noutput-file: planted.html\n---\n"}
+    prose = [{"cell_type": "markdown", "id": f"m{i}", "metadata": {}, "source": c} for i, c in enumerate(cells)]
+    return {"cells": [front, *prose], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def test_planted_faults_make_the_build_fail(tmp_path):
+    copy_repository(tmp_path, notebooks=())
+    (tmp_path / "nbs" / "404.qmd").unlink(missing_ok=True)
+    text = "A [link](nowhere.ipynb), an [anchor](#nothing), @fig-nothing, [@nobody1900] and $\\undefinedmacro{x}$."
+    planted = notebook("# Start\n\n> Faults.", text)
+    planted["cells"] = planted["cells"][1:]
+    (tmp_path / "nbs" / "index.ipynb").write_text(json.dumps(planted))
+    settings = config()
+    settings["website"]["sidebar"]["contents"] = ["index.ipynb", "missing.ipynb"]
+    (tmp_path / "_quarto.yml").write_text(yaml.safe_dump(settings))
+    done = run_build(tmp_path)
+    assert done.returncode == 1
+    wanted = ["broken link: nowhere", "broken anchor: #nothing", "unknown reference @fig-nothing", "unknown citation @nobody1900", "maths:",
+              "lists missing.ipynb"]
+    assert [w for w in wanted if w not in done.stderr] == [], done.stderr[-3000:]
+
+
+def test_references_resolve_within_and_across_chapters():
+    far = "## Far {#sec-far}\n\n@eq-a-one and [-@eq-a-one], @sec-far, `@eq-a-one`"
+    books = {"10_a": notebook("$$x$$ {#eq-a-one}\n\n@eq-a-one"), "20_b": notebook(far)}
+    problems = []
+    site_refs.prepare(books, problems, here=True)
+    assert problems == []
+    assert "[Equation\u00a01](#eq-a-one)" in books["10_a"]["cells"][1]["source"]
+    far = books["20_b"]["cells"][1]["source"]
+    assert "[Equation\u00a01 in Planted](10_a.ipynb#eq-a-one) and [1](10_a.ipynb#eq-a-one)" in far
+    assert "[Far](#sec-far)" in far and far.endswith("`@eq-a-one`")
+
+
+def test_quarto_is_left_the_references_it_resolves_itself():
+    books = {"10_a": notebook("$$x$$ {#eq-a-one}\n\n@eq-a-one [@eq-a-one; @eq-a-one]"), "20_b": notebook("@eq-a-one")}
+    site_refs.prepare(books, [], here=False)
+    assert books["10_a"]["cells"][1]["source"].endswith("@eq-a-one [@eq-a-one; @eq-a-one]")
+    assert "10_a.ipynb#eq-a-one" in books["20_b"]["cells"][1]["source"]
+
+
+def test_citations_skip_code_maths_and_addresses():
+    book = notebook("[see @a2015, p. 3; @b] then @c [Eq. 1] [link](x) me@home `@d` $@e$\n\n```\n@f\n```\n")
+    assert site_pandoc.citations_of(book) == ["[see @a2015, p. 3; @b]", "@c [Eq. 1]"]
+
+
+def test_maths_is_converted_in_one_call():
+    problems = []
+    done = site_pandoc.mathml([(r"\lVert W \rVert_0", "inline"), (r"\begin{cases} 1 & x > 0 \\ 0 \end{cases}", "display")], problems)
+    assert problems == [] and all(v.startswith("<math") for v in done.values())
+
+
+def test_pictures_carry_their_size(tmp_path):
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" width="72pt" height="36pt"></svg>'
+    tag = site_cells.picture({"image/svg+xml": [svg]}, "fig-x", tmp_path / "x_files", 'a "trend"')
+    assert 'width="96" height="48"' in tag and "a &quot;trend&quot;" in tag and (tmp_path / "x_files" / "fig-x.svg").read_text() == svg
+
+
+def test_columns_of_numbers_are_marked():
+    rows = "<tr><th>a</th><td>1,024</td><td>x</td></tr><tr><th>b</th><td>1.5 ± 0.2 (5)</td><td>2</td></tr>"
+    head = "<thead><tr><th></th><th>bytes</th><th>kind</th></tr></thead>"
+    done = site_cells.clean_table(f'<table border="1">{head}<tbody>{rows}</tbody></table>')
+    assert done.count('class="num"') == 3 and '<th class="num">bytes</th>' in done and "border" not in done
+
+
+def test_of_a_mixed_cell_only_the_imports_run():
+    def cell(source, *marks):
+        return SimpleNamespace(cell_type="code", source=source, directives_=dict.fromkeys(marks), parsed_=lambda: ast.parse(source).body)
+
+    assert build_site.imports_of(cell("import math\nmath.pi")) == "import math"
+    assert build_site.imports_of(cell("import math")) is build_site.imports_of(cell("import math\nmath.pi", "exports")) is None
+
+
+def test_links_to_the_api_become_relative_and_find_an_entry(tmp_path):
+    links = [f'<a href="https://a.example/n/core.html#{x}">' for x in ("mask", "mask.clear")]
+    (tmp_path / "core.html").write_text('<h3 id="mask">' + "".join(links))
+    build_site.own_links(tmp_path, "https://a.example/n")
+    assert (tmp_path / "core.html").read_text().count('href="core.html#mask"') == 2
+
+
+def test_check_finds_requests_and_leftovers(tmp_path):
+    loads = '<script src="https://cdn.example/x.js"></script><img src="gone.png" alt="">'
+    (tmp_path / "a.html").write_text(f"{loads}<p>see ?@fig-a</p><code>[@ok]</code>")
+    (tmp_path / "a.css").write_text('@import url("https://fonts.example/x");')
+    faults = "\n".join(site_check.check(tmp_path))
+    for word in ("asks another server: https://cdn", "missing file: gone.png", "without alternative", "unresolved", "a.css: asks"):
+        assert word in faults
+    assert "[@ok]" not in faults
+
+
+# ---- the README
+
+
+def test_the_readme_is_the_start_page(capsys):
+    assert make_readme.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_readme_shows_code_outputs_and_links_but_no_directives():
+    svg = {"output_type": "display_data", "data": {"image/svg+xml": "<svg/>", "text/plain": "<Figure>"}, "metadata": {}}
+    frame = {"data": {"text/html": "<table><tr><th>net</th><th>bytes</th></tr><tr><td>a|b</td><td>1,024</td></tr></table>"}}
+    book = notebook("See [Pruning](10_pruning.ipynb#why) and @fig-x. $$y$$ {#eq-y}")
+    figure = '#| label: fig-x\n#| fig-cap: "**Small.** It is."\ndraw()'
+    for source, outputs in [("#| hide\nsecret", []), (figure, [svg]), ("frame", [frame])]:
+        book["cells"].append({"cell_type": "code", "source": source, "outputs": outputs})
+    text, pictures = make_readme.readme(book, "https://a.example/n")
+    assert "secret" not in text and "#|" not in text and "```python\ndraw()\n```" in text
+    assert "[Pruning](https://a.example/n/pruning.html#why) and Figure 1. $$y$$" in text and "Figure 1: **Small.** It is." in text
+    assert "| net | bytes |\n| --- | ---: |\n| a\\|b | 1,024 |" in text
+    assert pictures == {"index_files/fig-x.svg": b"<svg/>"}
+    with pytest.raises(ValueError, match="@eq-y"):
+        make_readme.readme(notebook("$$y$$ {#eq-y} by @eq-y"), "")
