@@ -86,7 +86,7 @@ def _read_pickled(path:Path) -> dict[str, Tensor]:
     if odd: raise ValueError(f"{path} holds entries that are no tensors: {', '.join(map(str, odd[:3]))}; save model.state_dict() alone")
     return dict(state)
 
-# %% ../nbs/90_cli.ipynb #9eabd2d6
+# %% ../nbs/90_cli.ipynb #9ed392e1
 def shape_tensor(
     name:str,               # for messages
     tensor:Tensor,          # any dtype and shape
@@ -97,7 +97,7 @@ def shape_tensor(
     "Prune and share one weight tensor; vectors, integers and what was not asked for stay as they are."
     if tensor.ndim < 2 or not tensor.is_floating_point() or tensor.numel() == 0 or (sparsity is None and bits is None): return tensor
     check_finite(tensor, name)
-    if sparsity is not None: tensor = tensor * magnitude_mask(tensor, sparsity)
+    if sparsity is not None: tensor = tensor.masked_fill(~magnitude_mask(tensor, sparsity), 0)   # a product would leave −0
     if bits is not None:
         codebook, assignments = kmeans_1d(tensor, 2**bits, keep_zero=True)
         tensor = codebook[assignments]

@@ -7,19 +7,20 @@ __all__ = ['RAW', 'CONSTANT', 'CODEBOOK', 'PLANES', 'SPARSE', 'ALIAS', 'EXPANSIO
            'bit_patterns', 'from_bit_patterns', 'pack_tensor', 'unpack_tensor', 'save_tensors', 'save', 'load',
            'load_tensor', 'Ledger', 'inspect']
 
-# %% ../nbs/34_container.ipynb #d540971f
+# %% ../nbs/34_container.ipynb #f85dd337
 import contextlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -38,14 +39,15 @@ _DTYPES = {"BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3f
            "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64"}
 _TORCH = {tag: getattr(torch, name, None) for tag, name in _DTYPES.items()}
 
-# %% ../nbs/34_container.ipynb #e5eb060d
+# %% ../nbs/34_container.ipynb #b89eee8c
 def bit_patterns(
     tensor:Tensor,  # any shape, device and dtype that safetensors can store
 ) -> np.ndarray:    # (n,), uint8, uint16, uint32 or uint64; the tensor's own memory where that is possible
     "The entries as unsigned integers of the same width, in row-major order."
     if not isinstance(tensor, Tensor): raise ValueError(f"only tensors can be saved, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
-        raise ValueError(f"the tensor must be dense and hold data, got {tensor.layout} on {tensor.device}; call .to_dense() or .dequantize() first")
+        raise ValueError(f"the tensor must be dense and hold data, got {tensor.layout} on {tensor.device}; "
+                         "call .to_dense() or .dequantize() first")
     if tensor.dtype not in _TORCH.values(): raise ValueError(f"{tensor.dtype} has no place in a safetensors file; convert it first")
     flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().view(f"u{tensor.element_size()}")
@@ -150,8 +152,9 @@ def _join_planes(planes:Iterable[np.ndarray], n:int, size:int, rotate:bool) -> n
         patterns[s] = patterns[s] >> patterns.dtype.type(1) | patterns[s] << patterns.dtype.type(8 * size - 1)
     return patterns
 
-# %% ../nbs/34_container.ipynb #66f734b8
+# %% ../nbs/34_container.ipynb #ebb35604
 RAW, CONSTANT, CODEBOOK, PLANES, SPARSE, ALIAS = 0, 1, 2, 3, 4, 8    # SPARSE is added to one of the first four
+_SIGNED = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}    # floats in which a lone sign bit is −0.0
 _FLOATS = {tag for tag in _DTYPES if tag.startswith(("F", "BF"))}
 
 
@@ -186,7 +189,7 @@ def _pack_sparse(patterns:np.ndarray, shape:tuple[int, ...], rotate:bool, coder:
     coding, pieces = _pack_values(patterns[mask], rotate, coder)
     return SPARSE + coding, [write_varint(len(positions)), positions, *pieces]
 
-# %% ../nbs/34_container.ipynb #faf16324
+# %% ../nbs/34_container.ipynb #34195a31
 _TAGS = list(_DTYPES)
 _CODERS = ("best", "huffman", "raw")
 
@@ -203,12 +206,21 @@ def _sealed(name:str, *pieces:bytes|memoryview) -> list[bytes|memoryview]:
     return [*pieces, _crc([name.encode(), *pieces])]
 
 
+def _warn_of_negative_zeros(name:str, patterns:np.ndarray, tag:str) -> None:
+    "Say so if more than an eighth of the entries are −0.0: they are kept, and cost as much as other values."
+    sign = patterns.dtype.type(1 << 8 * patterns.dtype.itemsize - 1)
+    if tag not in _SIGNED or patterns.size < 64 or 8 * np.count_nonzero(patterns == sign) <= patterns.size: return
+    warnings.warn(f"{name!r} holds many negative zeros, which take space because every bit is kept; prune with masked_fill or "
+                  "torch.where instead of multiplying by a mask, or add 0.0 to make them plain zeros", stacklevel=4)
+
+
 def _pack(name:str, tensor:Tensor, coder:str) -> list[bytes|memoryview]:
     "The pieces of a packed tensor; a raw one is not copied."
     if coder not in _CODERS: raise ValueError(f'coder must be "best", "huffman" or "raw", got {coder!r}')
     try: patterns = bit_patterns(tensor)
     except ValueError as error: raise ValueError(f"{name!r}: {error}") from None
     tag, shape = next(t for t, dtype in _TORCH.items() if dtype == tensor.dtype), tuple(tensor.shape)
+    _warn_of_negative_zeros(name, patterns, tag)
     n, zeros, options = patterns.size, patterns.size - np.count_nonzero(patterns), []
     if coder != "raw" and n // 8 < zeros < n: options.append(_pack_sparse(patterns, shape, tag in _FLOATS, coder))
     if not options or 2 * zeros < n or n < _BLOCK: options.append(_pack_values(patterns, tag in _FLOATS, coder))
@@ -342,7 +354,7 @@ def unpack_tensor(
         _check_size(p, EXPANSION * len(data) + _SLACK if max_bytes is None else max_bytes)
         return _unpack(p)
 
-# %% ../nbs/34_container.ipynb #f74b47b9
+# %% ../nbs/34_container.ipynb #594d9a75
 VERSION = 1
 BUNDLE = "*small*"       # the entry that small tensors share
 OWN_ENTRY = 16 << 10     # packed bytes from which a tensor gets an entry of its own
@@ -363,11 +375,12 @@ def _header(entries:dict[str, int], metadata:dict[str, str]) -> bytes:
 def _check_metadata(metadata:dict[str, str]|None) -> dict[str, str]:
     "Text under text, without the two names that the format uses."
     metadata = dict(metadata or {})
-    if not all(isinstance(text, str) for pair in metadata.items() for text in pair): raise ValueError("metadata must be a dict of text to text; use json.dumps")
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError("metadata must be a dict of text to text; use json.dumps")
     if metadata.keys() & {"format", "version"}: raise ValueError('metadata may not use the names "format" and "version"')
     return metadata
 
-# %% ../nbs/34_container.ipynb #23d6a7e6
+# %% ../nbs/34_container.ipynb #22eaadcb
 def _label(name:str, size:int) -> bytes:
     "What stands before a packed tensor of `size` bytes in the bundle."
     text = name.encode()
@@ -378,11 +391,21 @@ def _check_new(name:str, tensor:Tensor|str, seen:set[str]) -> None:
     "Names are text, and appear once; an alias names a tensor that came earlier."
     if not isinstance(name, str): raise ValueError(f"names must be text, got {name!r}")
     if name in seen: raise ValueError(f"the name {name!r} appears twice")
-    if isinstance(tensor, str) and tensor not in seen: raise ValueError(f"{name!r} is said to be another name of {tensor!r}, which has not been saved before it")
+    if isinstance(tensor, str) and tensor not in seen:
+        raise ValueError(f"{name!r} is said to be another name of {tensor!r}, which has not been saved before it")
     try: name.encode()
     except UnicodeEncodeError: raise ValueError(f"the name {name!r} cannot be written as UTF-8") from None
 
-# %% ../nbs/34_container.ipynb #b0a0e851
+
+def _assemble(path:Path, header:bytes, spool:BinaryIO, small:bytearray) -> None:
+    "Write the header, the entries that wait in `spool`, and the bundle."
+    spool.seek(0)
+    with open(path, "wb") as file:
+        file.write(header)
+        shutil.copyfileobj(spool, file, 1 << 20)
+        file.write(small + _crc([header, small]))
+
+# %% ../nbs/34_container.ipynb #1ce294ff
 def save_tensors(
     tensors:Iterable[tuple[str, Tensor|str]],  # (name, tensor), or (name, earlier name) for a tensor with two names
     path:str|os.PathLike,                      # the file to write; its folder must exist
@@ -404,12 +427,7 @@ def save_tensors(
                 small.append(0)
                 entries[name] = size
                 spool.writelines(pieces)
-        header = _header(entries | {BUNDLE: len(small) + 4}, metadata)
-        spool.write(small + _crc([header, small]))
-        spool.seek(0)
-        with open(part, "wb") as file:
-            file.write(header)
-            shutil.copyfileobj(spool, file, 1 << 20)
+        _assemble(part, _header(entries | {BUNDLE: len(small) + 4}, metadata), spool, small)
 
 # %% ../nbs/34_container.ipynb #b303a5d3
 def _state(source:nn.Module|dict[str, Tensor]) -> dict[str, Tensor]:
@@ -443,7 +461,7 @@ def save(
     "Write every tensor of `source` into one file, losslessly, in the fewest bytes; tied tensors once."
     save_tensors(_with_aliases(_state(source)), path, coder=coder, metadata=metadata)
 
-# %% ../nbs/34_container.ipynb #1cd70eca
+# %% ../nbs/34_container.ipynb #9d4c89ae
 @dataclass(frozen=True)
 class _Archive:
     "An open file: the library's handle, the user's metadata, and for each tensor its record in the bundle, or None for an entry of its own."
@@ -468,7 +486,8 @@ def _unique(pairs:list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_format(metadata:dict[str, str]|None, names:Iterable[str]) -> dict[str, str]:
     "The user's metadata, if the file is of this format and version."
     metadata = dict(metadata or {})
-    if metadata.pop("format", None) != "nncomp": raise BitstreamError("not an .nncomp file but an ordinary safetensors file; use safetensors to read it")
+    if metadata.pop("format", None) != "nncomp":
+        raise BitstreamError("not an .nncomp file but an ordinary safetensors file; use safetensors to read it")
     version = metadata.pop("version", "none")
     if version != str(VERSION): raise BitstreamError(f"version {version}; this nncomp reads version {VERSION}; upgrade nncomp")
     if BUNDLE not in names: raise BitstreamError(f"the entry {BUNDLE!r} is missing")
@@ -514,7 +533,7 @@ def _opened(path:str|os.PathLike) -> Iterator[_Archive]:
         raise BitstreamError(f"{path}: not an .nncomp file, or cut off or damaged ({error})") from error
     except BitstreamError as error: raise BitstreamError(f"{path}: {error}") from error
 
-# %% ../nbs/34_container.ipynb #49efb6a7
+# %% ../nbs/34_container.ipynb #586be89b
 def _read(archive:_Archive, names:Iterable[str], max_expansion:float, map_location:Any) -> Iterator[tuple[str, Tensor|str]]:
     "(name, tensor) or (name, target) for each of `names`, within the bytes that the file's size allows."
     left = int(max_expansion * archive.size) + _SLACK
@@ -533,7 +552,8 @@ def _read_all(path:str|os.PathLike, max_expansion:float, map_location:Any) -> di
     tensors = {}
     with _opened(path) as archive:
         for name, tensor in _read(archive, archive.records, max_expansion, map_location):
-            if isinstance(tensor, str) and tensor not in tensors: raise BitstreamError(f"tensor {name!r}: is another name of {tensor[:200]!r}, which is not before it")
+            if isinstance(tensor, str) and tensor not in tensors:
+                raise BitstreamError(f"tensor {name[:200]!r}: is another name of {tensor[:200]!r}, which is not before it")
             tensors[name] = tensors[tensor] if isinstance(tensor, str) else tensor
     return tensors
 
@@ -572,7 +592,7 @@ def _fill(model:nn.Module, tensors:dict[str, Tensor], path:str|os.PathLike) -> N
     if misfits: raise ValueError(f"{path} does not fit the model, which was left as it is; {'; '.join(misfits)}")
     model.load_state_dict({theirs[name]: tensors[full] for name, full in ours.items()})
 
-# %% ../nbs/34_container.ipynb #1d009422
+# %% ../nbs/34_container.ipynb #8e81ef1c
 def load(
     path:str|os.PathLike,           # a file that `save` wrote
     into:nn.Module|None=None,       # a module to fill; its names, shapes and dtypes must be those of the file
@@ -597,7 +617,8 @@ def load_tensor(
     "Read one tensor; other large ones are not touched."
     with _opened(path) as archive:
         for _ in range(2):                                           # an alias leads to a tensor, never to an alias
-            if name not in archive.records: raise ValueError(f"{path} has no tensor {name[:200]!r}; it has {', '.join(list(archive.records)[:20])}")
+            if name not in archive.records:
+                raise ValueError(f"{path} has no tensor {name[:200]!r}; it has {', '.join(list(archive.records)[:20])}")
             tensor = next(_read(archive, [name], _check_expansion(max_expansion), map_location))[1]
             if isinstance(tensor, Tensor): return tensor
             name = tensor
@@ -636,7 +657,7 @@ def _row(name:str, p:_Packed, size:int) -> dict[str, Any]:
     coding = ("sparse " if p.coding & SPARSE else "") + _VALUES[p.coding & 3]
     return dict(tensor=name, dtype=_DTYPES[p.tag], shape=list(p.shape), coding=coding, **parts, other=size - sum(parts.values()), total=size)
 
-# %% ../nbs/34_container.ipynb #ebddfa2b
+# %% ../nbs/34_container.ipynb #25a50c97
 @dataclass(frozen=True)
 class Ledger:
     "Where the bytes of a file are: one row for each tensor, a last one for the header. `str` gives a table for the terminal."
@@ -664,7 +685,8 @@ class Ledger:
     def __str__(self) -> str:
         columns = ("tensor", "type", "shape", "coding", *_PARTS, "total")
         sums = {"tensor": "total", "dtype": "", "shape": [], "coding": "", **self.parts, "total": self.total}
-        lines = [[row["tensor"], row["dtype"], "×".join(map(str, row["shape"])), row["coding"], *(f"{row[c]:,}" for c in (*_PARTS, "total"))] for row in (*self.rows, sums)]
+        lines = [[row["tensor"], row["dtype"], "×".join(map(str, row["shape"])), row["coding"], *(f"{row[c]:,}" for c in columns[4:])]
+                 for row in (*self.rows, sums)]
         return _align([list(columns), *lines])
 
 # %% ../nbs/34_container.ipynb #56e53064

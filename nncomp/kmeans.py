@@ -324,7 +324,7 @@ def _centroids(points, mass, k, init, generator):
     else: ends = _lloyd(points, sums, lost, _start(points, mass, k, init, generator))
     return origin + np.ldexp(_means(sums, lost, ends), exponent)
 
-# %% ../nbs/20_kmeans.ipynb #110c14af
+# %% ../nbs/20_kmeans.ipynb #9ca3d860
 _STARTS = ("optimal", "linear", "density", "forgy", "k-means++")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -348,10 +348,10 @@ def _importance(weights, flat):
 
 
 def _rounded(codebook, points, dtype, zero):
-    "The codebook as `dtype` stores it, equal entries merged; where `zero` has an entry of its own, no other becomes zero."
+    "The codebook as `dtype` stores it; where `zero` has an entry of its own, no other is zero."
     stored = torch.from_numpy(codebook).to(dtype).double().numpy()
     if zero and not stored.all(): stored[stored == 0] = points[np.abs(points).argmin()]
-    return np.unique(stored)
+    return stored
 
 
 def _insert_zero(codebook, found, flat):

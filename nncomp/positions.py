@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['relative_index', 'from_relative_index', 'expected_bits', 'best_gap_bits', 'encode_positions', 'decode_positions']
 
-# %% ../nbs/33_positions.ipynb #144df181
+# %% ../nbs/33_positions.ipynb #3233e05b
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from .core import BitstreamError, check_fraction, check_int
 from .entropy import entropy_bits, pack_bits, read_varint, unpack_bits, write_varint
 from .huffman import code_lengths, decode, encode
 
-# %% ../nbs/33_positions.ipynb #b3f7783b
+# %% ../nbs/33_positions.ipynb #d1f9a4cc
 def _as_mask(mask:np.ndarray|Tensor) -> np.ndarray:
     "`mask` as a boolean NumPy array of one or two dimensions."
     array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
@@ -22,17 +24,26 @@ def _as_mask(mask:np.ndarray|Tensor) -> np.ndarray:
     return array
 
 
+_BLOCK = 1 << 18  # entries handled at once, so that temporary arrays stay small
+
+
 def _gaps(mask:np.ndarray) -> np.ndarray:
-    "Zeros before each one: (ones,), int64."
-    return np.diff(np.flatnonzero(mask), prepend=-1) - 1
+    "Zeros before each one: (ones,), uint32 where that is enough."
+    flat, last, found = mask.reshape(-1), -1, []
+    for start in range(0, flat.size, _BLOCK):
+        ones = np.flatnonzero(flat[start:start + _BLOCK]) + start
+        found.append((np.diff(ones, prepend=last) - 1).astype(np.uint32 if flat.size >> 32 == 0 else np.int64))
+        last = ones[-1] if ones.size else last
+    return np.concatenate(found) if found else np.zeros(0, np.uint32)
 
 
 def _break_gaps(gaps:np.ndarray, bits:int, base:int) -> tuple[np.ndarray, np.ndarray]:
     "Symbols of `bits` bits, with one filler for each whole `base` in a gap, and which symbols are no fillers."
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    if not gaps.size or gaps.max() < base: return gaps.astype(dtype), np.ones(gaps.size, bool)
     fillers, rest = np.divmod(gaps, base)
-    ends = np.cumsum(fillers + 1) - 1
-    symbols = np.full(ends[-1] + 1 if ends.size else 0, 2**bits - 1, np.uint8 if bits <= 8 else np.uint16)
-    real = np.zeros(symbols.size, bool)
+    ends = np.cumsum(fillers + 1, dtype=np.int64) - 1
+    symbols, real = np.full(ends[-1] + 1, 2**bits - 1, dtype), np.zeros(ends[-1] + 1, bool)
     symbols[ends], real[ends] = rest, True
     return symbols, real
 
@@ -45,16 +56,20 @@ def relative_index(
     check_int(bits, 1, 16, "bits")
     return _break_gaps(_gaps(_as_mask(mask)), bits, 1 << bits)
 
-# %% ../nbs/33_positions.ipynb #a2832973
-def _walk(steps:np.ndarray, real:np.ndarray, n:int) -> np.ndarray:
-    "A mask of `n` entries with a one at the end of each real step."
-    if steps.size and (steps.sum(dtype=np.float64) > n or not real[-1]): raise BitstreamError(f"the gaps do not fit a mask of {n} entries")
-    ends = np.cumsum(steps, dtype=np.int64)
-    mask = np.zeros(n, bool)
-    mask[ends[real] - 1] = True
+# %% ../nbs/33_positions.ipynb #0625f2da
+def _walk(symbols:np.ndarray, real:np.ndarray, n:int, step:Callable[[slice], np.ndarray]) -> np.ndarray:
+    "A mask of `n` entries with a one at the end of each real step; `step` gives the steps of a slice of symbols, int64."
+    mask, at = np.zeros(n, bool), 0
+    for start in range(0, symbols.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        ends = at + np.cumsum(np.minimum(step(part), n + 1))
+        at = int(ends[-1])
+        if at > n: raise BitstreamError(f"the gaps do not fit a mask of {n} entries")
+        mask[ends[real[part]] - 1] = True
+    if real.size and not real[-1]: raise BitstreamError("the gaps end on a filler")
     return mask
 
-# %% ../nbs/33_positions.ipynb #82977891
+# %% ../nbs/33_positions.ipynb #f261d5b8
 def from_relative_index(
     gaps:np.ndarray,  # (m,), non-negative integers
     real:np.ndarray,  # (m,), bool, False = filler zero
@@ -63,7 +78,7 @@ def from_relative_index(
     "Invert `relative_index`; gaps that run past `n` or end on a filler are a `BitstreamError`."
     gaps, real = np.asarray(gaps), np.asarray(real, dtype=bool)
     if gaps.shape != real.shape: raise ValueError(f"gaps and real must be of one length, got {gaps.shape} and {real.shape}")
-    return _walk(gaps.astype(np.int64) + 1, real, check_int(n, 0, name="n"))
+    return _walk(gaps, real, check_int(n, 0, name="n"), lambda part: gaps[part].astype(np.int64) + 1)
 
 # %% ../nbs/33_positions.ipynb #fdadbc7b
 def expected_bits(
@@ -81,11 +96,12 @@ def expected_bits(
     if method == "gaps": return gap_bits * d / (1 - (1 - d)**2**check_int(gap_bits, 1, 16, "gap_bits")) if d else 0.
     raise ValueError(f'method must be "gaps", "bitmap", "csr" or "entropy", got {method!r}')
 
-# %% ../nbs/33_positions.ipynb #9159d2f0
+# %% ../nbs/33_positions.ipynb #6a7e877d
 def _tally(gaps:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The gaps that occur, rising, and how often each does."
-    if gaps.size and gaps.max() > 4 * gaps.size: return np.unique(gaps, return_counts=True)
-    times = np.bincount(gaps)
+    if gaps.size and gaps.max() > 1 << 16: return np.unique(gaps, return_counts=True)
+    times = np.zeros(int(gaps.max()) + 1 if gaps.size else 0, np.int64)
+    for start in range(0, gaps.size, _BLOCK): times += np.bincount(gaps[start:start + _BLOCK], minlength=times.size)
     return np.flatnonzero(times), times[times > 0]
 
 
@@ -110,7 +126,7 @@ def best_gap_bits(
         if values[-1] < 2**bits - 1: break                        # wider changes nothing
     return min(prices, key=prices.get)
 
-# %% ../nbs/33_positions.ipynb #dcab1779
+# %% ../nbs/33_positions.ipynb #0f55db86
 def _best_split(gaps:np.ndarray) -> int:
     "How many low bits of each gap to write plainly, so that the rest is cheap to code."
     values, times = _tally(gaps)
@@ -128,9 +144,9 @@ def _encode_split(mask:np.ndarray) -> bytes:
     "Method byte, low bits, size of the Huffman stream of the quotients, that stream, the low bits of every gap."
     gaps = _gaps(mask)
     k = _best_split(gaps)
-    high = gaps >> k
-    coded = encode(high.astype(np.uint16 if high.size and high.max() > 255 else np.uint8))
-    return bytes([4, k]) + write_varint(len(coded)) + coded + (pack_bits(gaps & (1 << k) - 1, k) if k else b"")
+    coded = encode((gaps >> k).astype(np.uint16 if gaps.size and gaps.max() >> k > 255 else np.uint8))
+    low = [pack_bits(gaps[i:i + _BLOCK] & (1 << k) - 1, k) for i in range(0, gaps.size if k else 0, _BLOCK)]
+    return bytes([4, k]) + write_varint(len(coded)) + coded + b"".join(low)
 
 # %% ../nbs/33_positions.ipynb #d40f117a
 def _encode_gaps(mask:np.ndarray, bits:int|None) -> bytes:
@@ -183,14 +199,14 @@ def encode_positions(
     best = min(_encode_gaps(mask, gap_bits), _encode_split(mask), _encode_bitmap(mask), key=len)
     return _encode_csr(mask) if _csr_size(mask) < len(best) else best
 
-# %% ../nbs/33_positions.ipynb #f76779de
+# %% ../nbs/33_positions.ipynb #0175d85f
 def _decode_gaps(data:bytes, n:int) -> np.ndarray:
     "The mask of a stream of gap symbols: the largest symbol is a filler that holds no entry."
     if not data or not 1 <= data[0] <= 16: raise BitstreamError("the gaps have no valid width")
     symbols = decode(data[1:], max_symbols=n)
     if symbols.size and symbols.max() >> data[0]: raise BitstreamError(f"a gap is wider than {data[0]} bits")
     real = symbols < 2**data[0] - 1
-    return _walk(symbols.astype(np.int64) + real, real, n)
+    return _walk(symbols, real, n, lambda part: symbols[part].astype(np.int64) + real[part])
 
 
 def _decode_split(data:bytes, n:int) -> np.ndarray:
@@ -198,10 +214,10 @@ def _decode_split(data:bytes, n:int) -> np.ndarray:
     if not data or data[0] > 32: raise BitstreamError("the split gaps have no valid width")
     k = data[0]
     size, offset = read_varint(data, 1)
-    high = decode(data[offset:offset + size], max_symbols=n).astype(np.int64)
-    low = unpack_bits(data[offset + size:], k, high.size).astype(np.int64) if k else 0
+    high = decode(data[offset:offset + size], max_symbols=n)
+    low = unpack_bits(data[offset + size:], k, high.size) if k else np.zeros(high.size, np.uint8)
     if not k and len(data) != offset + size: raise BitstreamError("bytes follow the split gaps")
-    return _walk((high << k | low) + 1, np.ones(high.size, bool), n)
+    return _walk(high, np.ones(high.size, bool), n, lambda part: (high[part].astype(np.int64) << k | low[part]) + 1)
 
 
 def _decode_bitmap(packed:np.ndarray, n:int) -> np.ndarray:

@@ -232,7 +232,7 @@ def _rebuild(choices:list[type], value):
     hints = typing.get_type_hints(found)
     return found(**{k: _rebuild(_dataclasses(hints.get(k)), v) for k, v in inner.items()})
 
-# %% ../nbs/06_results.ipynb #59e02015
+# %% ../nbs/06_results.ipynb #ff12c3dd
 def read_record(
     path:str|os.PathLike,  # results/experiment/id/seed-k.json
 ) -> Record:
@@ -247,7 +247,8 @@ def read_record(
         config_class = find_experiment(record.experiment).config_class
         found = config_id(_rebuild([config_class], {config_class.__name__: record.config}), record.experiment)
         if found != record.id: raise ValueError(f"its config hashes to {found}; was a default or the record changed?")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error: raise ValueError(f"{path}: not a valid record: {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a valid record: {error}") from error
     return record
 
 # %% ../nbs/06_results.ipynb #73d1d4bb

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['lr_factor', 'penalty', 'Metrics', 'evaluate', 'Run', 'Callback', 'fit']
 
-# %% ../nbs/03_training.ipynb #2b62800e
+# %% ../nbs/03_training.ipynb #affd8ef7
 import contextlib
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,13 +23,14 @@ from tqdm.auto import tqdm
 from .core import atomic_path, check_int, default_device, evaluating, named_weights, require
 from .data import Batches, Data, Split
 
-# %% ../nbs/03_training.ipynb #b1aea839
+# %% ../nbs/03_training.ipynb #63a24fca
 def _one_cycle(step, total):
-    "From 1/25 up to 1 in the first 30 % of the steps, then down to 1/250,000, both along half a cosine."
+    "Up from 1/25 to 1 in the first 30 % of the steps, then down to 1/250,000, both along half a cosine."
     top, last = max(0.3 * total - 1, 0.), total - 1
-    if step < top: return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * step / top)) / 2
-    low, along = 1 / 25e4, (step - top) / max(last - top, 1)
-    return low + (1 - low) * (1 + math.cos(math.pi * along)) / 2
+    half = lambda t: (1 - math.cos(math.pi * t)) / 2
+    if step < top: return 1 / 25 + (1 - 1 / 25) * half(step / top)
+    low = 1 / 25 / 1e4
+    return low + (1 - low) * (1 - half((step - top) / max(last - top, 1)))
 
 
 _SCHEDULES = {
@@ -40,35 +40,35 @@ _SCHEDULES = {
     "constant": lambda step, total: 1.,
 }
 
-# %% ../nbs/03_training.ipynb #016a82da
+# %% ../nbs/03_training.ipynb #4fbf12ba
 def lr_factor(
     schedule:str,     # "one-cycle", "step", "cosine" or "constant"
     step:int,         # optimizer steps done so far, in 0…total_steps - 1
     total_steps:int,  # steps of the whole run, at least 1
 ) -> float:           # in (0, 1]
-    "What `fit` multiplies the learning rate with at a step (@eq-training-cycle)."
+    "What the learning rate is multiplied with at a step (@eq-training-cycle)."
     if schedule not in _SCHEDULES: raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}")
     check_int(step, 0, check_int(total_steps, 1, name="total_steps") - 1, "step")
     return _SCHEDULES[schedule](step, total_steps)
 
-# %% ../nbs/03_training.ipynb #fc020560
+# %% ../nbs/03_training.ipynb #23b5f9c9
 def penalty(
     weights:Iterable[Tensor],  # any shapes
     *,
     l1:float=0.,               # λ₁, at least 0
     l2:float=0.,               # λ₂, at least 0
-) -> Tensor|float:             # scalar, with gradient
-    "λ₁ Σ|w| + λ₂ Σw² (@eq-training-penalty)."
+) -> Tensor|float:             # scalar that carries gradient; 0.0 where both are 0
+    "λ₁ Σ|w| + λ₂ Σw², the penalties of @eq-training-penalty."
     total = 0.
     for w in weights:
         if l1: total = total + l1 * w.abs().sum()
         if l2: total = total + l2 * w.square().sum()
     return total
 
-# %% ../nbs/03_training.ipynb #2d16109c
+# %% ../nbs/03_training.ipynb #49aabed4
 @dataclass(frozen=True)
 class Metrics:
-    "What a model achieves on a set of images."
+    "What a network achieves on a set of images."
     n: int           # images
     loss: float      # mean cross entropy, nats
     accuracy: float  # fraction in [0, 1]
@@ -79,17 +79,17 @@ class Metrics:
         "Wrongly classified images per hundred."
         return 100 * self.errors / self.n
 
-# %% ../nbs/03_training.ipynb #a46e53a2
+# %% ../nbs/03_training.ipynb #5119ac06
 def _device_of(model):
     "Where a model's first tensor lives."
     return next((t.device for tensors in (model.parameters(), model.buffers()) for t in tensors), torch.device("cpu"))
 
 
-def _hits(logits, y):
-    "Number of rows whose largest logit is the right one; a row with NaN counts as wrong."
-    return ((logits.argmax(1) == y) & ~logits.isnan().any(1)).sum()
+def _right(logits, y):
+    "Which rows have their largest logit in the right place; a row with NaN has not."
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
-# %% ../nbs/03_training.ipynb #0edec28f
+# %% ../nbs/03_training.ipynb #a226882b
 def evaluate(
     model:nn.Module,             # gives logits (n, classes); its modes are put back, and so is its device
     split_or_batches:Split|Batches|Iterable[tuple[Tensor, Tensor]],  # images (n, c, h, w) with labels (n,)
@@ -97,23 +97,24 @@ def evaluate(
     batch_size:int=1000,         # of a `Split`; does not change the result beyond rounding
     device:str|torch.device|None=None,  # None = where the model is
 ) -> Metrics:
-    "Loss and exact number of errors, in evaluation mode."
+    "Loss and exact number of errors, in evaluation mode; ValueError where there are no images."
     home, batches = _device_of(model), split_or_batches
     if isinstance(batches, Split): batches = zip(batches.x.split(check_int(batch_size, 1, name="batch_size")), batches.y.split(batch_size))
-    device, losses, hits, n = torch.device(device or home), [], [], 0
-    with evaluating(model.to(device)):
-        for xb, yb in batches:
-            logits, yb = model(xb.to(device)).float(), yb.to(device)
-            losses.append(F.cross_entropy(logits, yb, reduction="sum"))
-            hits.append(_hits(logits, yb))
-            n += len(yb)
-    model.to(home)
-    if not n: raise ValueError("there are no images to evaluate on")
-    right = int(torch.stack(hits).sum())
-    return Metrics(n, float(torch.stack(losses).cpu().double().sum()) / n, right / n, n - right)
+    device, losses, right = torch.device(device or home), [torch.zeros(1)], [torch.zeros(0, dtype=torch.bool)]
+    try:
+        with evaluating(model.to(device)):
+            for xb, yb in batches:
+                logits, yb = model(xb.to(device)).float(), yb.to(device)
+                losses.append(F.cross_entropy(logits, yb, reduction="none"))
+                right.append(_right(logits, yb))
+    finally: model.to(home)
+    right, loss = torch.cat([r.cpu() for r in right]), sum(l.cpu().double().sum() for l in losses)
+    if not len(right): raise ValueError("there are no images to evaluate on")
+    hits = int(right.sum())
+    return Metrics(len(right), float(loss) / len(right), hits / len(right), len(right) - hits)
 
-# %% ../nbs/03_training.ipynb #2336f086
-@dataclass
+# %% ../nbs/03_training.ipynb #7360be3c
+@dataclass(eq=False)
 class Run:
     "A training run under way, as callbacks see it."
     model: nn.Module
@@ -135,10 +136,10 @@ class Callback:
     def after_backward(self, run:Run) -> None: "Gradients are there, and the optimizer has not seen them."
     def after_step(self, run:Run) -> None: "The optimizer has changed the weights; `run.step` counts this step."
     def after_epoch(self, run:Run) -> None: "The epoch is the last record in `run.history`; `run.epoch` counts it."
-    def state_dict(self) -> dict: return {}  # tensors, numbers, strings and containers of them
+    def state_dict(self) -> dict: return {}  # tensors, numbers, strings, and containers of them
     def load_state_dict(self, state:dict) -> None: "Take back what `state_dict` gave, on resuming."
 
-# %% ../nbs/03_training.ipynb #39e63860
+# %% ../nbs/03_training.ipynb #e2c7d2e8
 _OPTIMIZERS = {
     "adam": lambda params, s: torch.optim.Adam(params, s.lr, weight_decay=s.weight_decay),
     "adamw": lambda params, s: torch.optim.AdamW(params, s.lr, weight_decay=s.weight_decay),
@@ -149,7 +150,7 @@ _PRECISIONS = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class _Settings:
-    "The numbers and names that decide a run; checked once, stored in the checkpoint."
+    "The numbers and names that decide a run."
     epochs: int
     lr: float
     batch_size: int
@@ -174,9 +175,9 @@ class _Settings:
             value = getattr(self, name)
             if value not in known: raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
 
-# %% ../nbs/03_training.ipynb #5c24d02a
+# %% ../nbs/03_training.ipynb #f5366338
 def _cross_entropy(model, xb, yb):
-    "The loss of an ordinary classifier."
+    "The loss of an ordinary classifier, and its logits."
     logits = model(xb)
     return F.cross_entropy(logits, yb), logits
 
@@ -188,15 +189,16 @@ class _Plan:
     callbacks: list
     loss: Callable
     batches: Batches
-    world: object             # accelerate's PartialState: which process of how many
-    scaler: torch.amp.GradScaler
-    weights: list = field(default_factory=list)  # the parameters under an L1 or L2 penalty
+    world: object                # accelerate's PartialState: which process of how many
+    scaler: torch.amp.GradScaler  # keeps small fp16 gradients from vanishing; does nothing otherwise
+    weights: list = field(default_factory=list)  # the parameters under a penalty
+    kept: int = 0                # epochs in the checkpoint file
 
     def each(self, hook, run):
         "Call one hook of every callback."
         for callback in self.callbacks: getattr(callback, hook)(run)
 
-# %% ../nbs/03_training.ipynb #52bf2295
+# %% ../nbs/03_training.ipynb #abe98294
 def _world(device):
     "accelerate's view of the processes, and the device of this one."
     device = torch.device(device or default_device())
@@ -208,11 +210,11 @@ def _world(device):
 def _share(world, index, xb, yb):
     "This process's part of a batch, and the fraction of the batch that it is."
     if world.num_processes == 1: return index, xb, yb, 1.
+    if len(index) <= world.process_index: return index[:0], xb[:1], yb[:1], 0.
     mine = slice(world.process_index, None, world.num_processes)
-    if len(index) <= world.process_index: return index[:0], xb[:1], yb[:1], 0.   # nothing left: take part with weight zero
     return index[mine], xb[mine], yb[mine], len(index[mine]) / len(index)
 
-
+# %% ../nbs/03_training.ipynb #fff29828
 def _reduce_gradients(run):
     "Sum the gradients over all processes."
     grads = [p.grad for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -227,28 +229,28 @@ def _agree(tensors, how):
     for t in tensors:
         if t.is_floating_point(): t.copy_(utils.broadcast(t.detach().clone()) if how == "first" else utils.reduce(t.detach(), "mean"))
 
-# %% ../nbs/03_training.ipynb #71b69f5c
+# %% ../nbs/03_training.ipynb #aa01749e
 class _Tally:
     "Losses and hits of an epoch, kept on the device until somebody wants to read them."
-    def __init__(self): self.losses, self.hits, self.counts, self.read = [], [], [], time.monotonic()
+    def __init__(self): self.losses, self.right, self.counts, self.read = [], [], [], time.monotonic()
 
     def add(self, loss, logits, yb, n):
-        with torch.no_grad():
-            self.losses.append(loss.detach().float())
-            self.hits.append((logits.argmax(1) == yb)[:n].sum())
-            self.counts.append(n)
+        "Note a step on `n` images."
+        self.losses.append(loss.detach())
+        self.right.append(logits.detach().argmax(1).eq(yb)[:n])
+        self.counts.append(n)
 
     def sums(self, run):
-        "Total loss, hits and images so far; a loss that is not a number ends the run."
+        "Total loss, hits and images so far; FloatingPointError where a loss is not finite."
         self.read = time.monotonic()
-        losses, hits = torch.stack(self.losses).tolist(), int(torch.stack(self.hits).sum())
+        losses, hits = torch.stack(self.losses).tolist(), int(torch.cat(self.right).sum())
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} in epoch {run.epoch + 1}, step {i + 1} of {run.steps_per_epoch}: "
                                          "lower lr, or look for NaN in the images")
         return [math.fsum(a * n for a, n in zip(losses, self.counts)), hits, sum(self.counts)]
 
-# %% ../nbs/03_training.ipynb #93200470
+# %% ../nbs/03_training.ipynb #00fa26ae
 def _seed_epoch(plan, epoch):
     "Make everything random in an epoch (dropout) a function of seed, epoch and process."
     words = np.random.SeedSequence([plan.settings.seed, epoch, plan.world.process_index]).generate_state(1, np.uint64)
@@ -265,7 +267,7 @@ def _objective(run, plan, xb, yb, share):
     if isinstance(extra, Tensor) or extra: total = total + extra / plan.world.num_processes
     return total, loss, logits
 
-
+# %% ../nbs/03_training.ipynb #97bb108b
 def _step(run, plan, tally, index, xb, yb):
     "One optimizer step."
     run.index, xb, yb, share = _share(plan.world, index, xb, yb)
@@ -295,51 +297,58 @@ def _train_epoch(run, plan, bar):
         bar.update()
         if time.monotonic() - tally.read > 0.5:
             loss, hits, n = tally.sums(run)
-            bar.set_postfix(loss=f"{loss / n:.4f}", accuracy=f"{hits / n:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{loss / max(n, 1):.4f}", accuracy=f"{hits / max(n, 1):.4f}", refresh=False)
     sums = tally.sums(run)
     if plan.world.num_processes > 1:
         sums = require("accelerate.utils").reduce(torch.tensor(sums, dtype=torch.float64, device=run.device), "sum").tolist()
         _agree(run.model.buffers(), "mean")
     return sums[0] / sums[2], sums[1] / sums[2]
 
-# %% ../nbs/03_training.ipynb #70cc72b0
+# %% ../nbs/03_training.ipynb #02747a35
 _FORMAT = "nncomp training checkpoint 1"
 
 
-def _identity(model, data, plan_settings, callbacks, loss, augment):
+def _identity(model, data, settings, callbacks, loss, augment):
     "Everything that must be equal for a run to be continued."
-    name = lambda f: "none" if f is None else getattr(f, "__qualname__", type(f).__qualname__)
-    state = {key: f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
-    return asdict(plan_settings) | {
-        "callbacks": [name(type(c)) for c in callbacks], "loss": name(loss), "augment": name(augment),
-        "data": f"{data.name}: {len(data.train)} images of {tuple(data.train.x.shape[1:])}",
-    } | {f"tensor {key}": shape for key, shape in state.items()}
+    name = lambda f: None if f is None else getattr(f, "__qualname__", type(f).__qualname__)
+    shapes = {f"tensor {key}": f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
+    images = f"{data.name}, {len(data.train)} images of {tuple(data.train.x.shape[1:])}"
+    return asdict(settings) | dict(data=images, callbacks=[name(type(c)) for c in callbacks], loss=name(loss), augment=name(augment)) | shapes
+
+
+def _load_checkpoint(path):
+    "The dictionary in a checkpoint file; ValueError for any other file."
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] == _FORMAT: return saved
+        raise ValueError("another format")
+    except (IsADirectoryError, PermissionError): raise
+    except Exception as error:                    # a file that is not ours can fail in any way
+        raise ValueError(f"{path} is not a checkpoint of fit ({type(error).__name__}); delete it or name another file") from None
 
 
 def _read_checkpoint(path, identity):
-    "What a checkpoint holds, or None where there is no file; ValueError for anything but a checkpoint of the same run."
+    "What the checkpoint holds, or None where there is no file; ValueError where it belongs to another run."
     path = Path(path)
     if not path.parent.is_dir(): raise ValueError(f"the folder {path.parent} does not exist; create it first")
     if not path.exists(): return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] != _FORMAT: raise KeyError("format")
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint of fit ({type(error).__name__}); delete it or name another file") from None
+    saved = _load_checkpoint(path)
     there = saved["identity"]
     for key in dict.fromkeys([*identity, *there]):
-        if there.get(key, "absent") != identity.get(key, "absent"):
-            raise ValueError(f"{path} belongs to another run: {key} is {there.get(key, 'absent')} there and "
-                             f"{identity.get(key, 'absent')} here; delete it or name another file")
+        before, now = there.get(key, "absent"), identity.get(key, "absent")
+        if before != now: raise ValueError(f"{path} belongs to another run: {key} is {before} there and {now} here; delete it or name another file")
     return saved
 
-# %% ../nbs/03_training.ipynb #26ea15b1
+# %% ../nbs/03_training.ipynb #5ef9a13f
 def _write_checkpoint(path, run, plan, identity):
     "Save the run after an epoch; the old file stays until the new one is whole."
-    if path is None or not plan.world.is_main_process: return
-    saved = dict(format=_FORMAT, identity=identity, epoch=run.epoch, step=run.step, history=run.history, model=run.model.state_dict(),
-                 optimizer=run.optimizer.state_dict(), scaler=plan.scaler.state_dict(), callbacks=[c.state_dict() for c in plan.callbacks])
-    with atomic_path(path) as part: torch.save(saved, part)
+    if path is None: return
+    if plan.world.is_main_process:
+        saved = dict(format=_FORMAT, identity=identity, epoch=run.epoch, step=run.step, history=run.history, model=run.model.state_dict(),
+                     optimizer=run.optimizer.state_dict(), scaler=plan.scaler.state_dict(), callbacks=[c.state_dict() for c in plan.callbacks])
+        with atomic_path(path) as part: torch.save(saved, part)
+    plan.world.wait_for_everyone()
+    plan.kept = run.epoch
 
 
 def _restore(saved, run, plan):
@@ -349,24 +358,24 @@ def _restore(saved, run, plan):
     plan.scaler.load_state_dict(saved["scaler"])
     for callback, state in zip(plan.callbacks, saved["callbacks"], strict=True): callback.load_state_dict(state)
     run.epoch, run.step, run.history[:] = saved["epoch"], saved["step"], saved["history"]
+    plan.kept = run.epoch
 
-# %% ../nbs/03_training.ipynb #f71e0cae
+# %% ../nbs/03_training.ipynb #3265a864
 @contextlib.contextmanager
 def _surroundings(run, plan, checkpoint):
-    "Put the caller's random state and memory format back; tell who interrupts how to go on."
-    cuda = [run.device] if run.device.type == "cuda" else []
+    "Put the caller's random state and the memory format back; tell who interrupts how to go on."
     try:
-        with torch.random.fork_rng(devices=cuda): yield
+        with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []): yield
     except KeyboardInterrupt:
-        kept = f"{checkpoint} holds the {run.epoch} finished; call fit again with the same arguments to go on"
-        how = kept if checkpoint is not None and run.epoch else "nothing was saved" + ("; pass checkpoint=PATH to fit" if checkpoint is None else "")
-        raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1} of {plan.settings.epochs}: {how}") from None
+        if plan.kept: how = f"{checkpoint} holds {plan.kept} of {plan.settings.epochs} epochs; call fit again with the same arguments to go on"
+        else: how = "nothing was kept" + ("; name a file with checkpoint=PATH to be able to go on" if checkpoint is None else "")
+        raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}: {how}") from None
     finally:
         if plan.settings.channels_last: run.model.to(memory_format=torch.contiguous_format)
 
 
 @contextlib.contextmanager
-def _logger(log_dir, run, plan):
+def _logger(log_dir, run, plan) -> Iterator[Callable]:
     "A function that writes an epoch's record to TensorBoard, or nowhere."
     if log_dir is None or not plan.world.is_main_process:
         yield lambda record: None
@@ -375,17 +384,18 @@ def _logger(log_dir, run, plan):
     with contextlib.closing(writer):
         yield lambda record: [writer.add_scalar(key, value, record["epoch"]) for key, value in record.items() if key != "epoch"]
 
-# %% ../nbs/03_training.ipynb #230f8fc3
+# %% ../nbs/03_training.ipynb #e047b3e3
 def _prepare(model, data, settings, callbacks, loss, augment, device):
     "Model and data on the device, optimizer, batches."
     world, device = _world(device)
     model.to(device).train()
     if settings.channels_last: model.to(memory_format=torch.channels_last)
     if world.num_processes > 1: _agree([*model.parameters(), *model.buffers()], "first")
-    batches = data.to(device).batches("train", settings.batch_size, augment=augment, seed=settings.seed)
+    data = data.to(device)
+    batches = data.batches("train", settings.batch_size, augment=augment, seed=settings.seed)
     if not len(batches): raise ValueError(f"the training split of {data.name!r} is empty")
     optimizer = _OPTIMIZERS[settings.optimizer]([p for p in model.parameters() if p.requires_grad], settings)
-    run = Run(model, optimizer, data.to(device), device, len(batches), settings.epochs * len(batches))
+    run = Run(model, optimizer, data, device, len(batches), settings.epochs * len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
     return run, _Plan(settings, list(callbacks), loss or _cross_entropy, batches, world, scaler)
 
@@ -406,7 +416,7 @@ def _finish_epoch(run, plan, loss, accuracy, start):
     plan.each("after_epoch", run)
     return run.history[-1]
 
-# %% ../nbs/03_training.ipynb #1da97406
+# %% ../nbs/03_training.ipynb #8389e830
 def fit(
     model:nn.Module,           # gives logits (n, classes); trained in place, moved to `device`
     data:Data,                 # trains on `data.train`, watches `data.valid`
@@ -425,13 +435,13 @@ def fit(
     callbacks:Sequence[Callback]=(),  # called in this order
     seed:int=0,                # order of the images, augmentation, dropout
     device:str|torch.device|None=None,  # None = the fastest
-    channels_last:bool=False,  # store images with the channel as the fastest axis (speeds up convolutions)
-    mixed_precision:str|None=None,  # "bf16", "fp16" or None = float32
-    checkpoint:str|os.PathLike|None=None,  # written after each epoch; continued where it exists
+    channels_last:bool=False,  # keep images with the channel as the fastest axis (quicker convolutions on some devices)
+    mixed_precision:str|None=None,  # "bf16", "fp16", or None = float32
+    checkpoint:str|os.PathLike|None=None,  # file written after each epoch; continued where it exists
     log_dir:str|os.PathLike|None=None,  # folder for TensorBoard
     progress:bool=True,        # show a bar
 ) -> list[dict]:               # per epoch: epoch, loss, accuracy, valid_loss, valid_accuracy, lr, seconds
-    "Train a classifier; ValueError for settings or a checkpoint that make no sense, FloatingPointError when the loss does."
+    "Train a classifier by @eq-training-penalty; ValueError for settings or a checkpoint that do not fit, FloatingPointError for a loss that is not finite."
     settings = _Settings(epochs, lr, batch_size, optimizer, schedule, weight_decay, momentum, l1, l2, seed, channels_last, mixed_precision)
     identity = _identity(model, data, settings, callbacks, loss, augment)
     saved = _read_checkpoint(checkpoint, identity) if checkpoint is not None else None

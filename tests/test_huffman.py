@@ -1,8 +1,6 @@
 "Huffman coding: round trips, optimal lengths, the bound [H, H + 1), and bytes that no encoder wrote."
 import heapq
 import itertools
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
@@ -307,9 +305,3 @@ def test_tables_that_lie():
     for table in (b"\xff" * 40, b"\0" * 40, b"\x55" * 40, b"\xb6\x6d\xdb" * 20):
         for kind in (2, 3, 4, 5, 6, 7):
             survive(bytes([kind]) + write_varint(9) + table, most=100)
-
-
-def test_import_is_light():
-    code = "import sys, nncomp.huffman; print(sorted({'matplotlib', 'pandas', 'sklearn', 'fastcore'} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"

@@ -98,6 +98,7 @@ def test_odd_tensors():
     assert torch.equal(w, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*loses all")
 @given(st.integers(0, 9999), st.integers(1, 199))
 @settings(max_examples=40, deadline=None)
 def test_agrees_with_torch_prune(seed, count):
@@ -198,13 +199,14 @@ def test_bad_input_is_named():
 
 def toy_data(seed=0, n=96):
     g = torch.Generator().manual_seed(seed)
-    make = lambda k: Split(torch.randn(k, 1, 4, 4, generator=g), torch.randint(0, 3, (k,), generator=g))
-    return Data("toy", make(n), make(32), make(32), 3)
+    parts = [Split(torch.randn(k, 1, 4, 4, generator=g), torch.randint(0, 3, (k,), generator=g)) for k in (n, 32, 32)]
+    return Data("toy", *parts, 3)
 
 
 def toy_net(seed=0):
     seed_everything(seed)
-    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    convolution = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def toy_masks(net, sparsity=0.7):
@@ -212,8 +214,8 @@ def toy_masks(net, sparsity=0.7):
 
 
 def train(net, callbacks, **options):
-    settings = {"epochs": 3, "lr": 0.02, "batch_size": 16, "progress": False, "schedule": "constant"} | options
-    return fit(net, toy_data(), callbacks=callbacks, **settings)
+    defaults = {"epochs": 3, "lr": 0.02, "batch_size": 16, "progress": False, "schedule": "constant", "device": "cpu"}
+    return fit(net, toy_data(), callbacks=callbacks, **defaults | options)
 
 
 class ByHand(Callback):
@@ -291,9 +293,10 @@ def test_callback_survives_copy_and_save():
 
 
 class Stop(Callback):
-    "Interrupt the run in the middle of the second epoch."
+    "Interrupt the run in the middle of an epoch; -1 = never."
+    def __init__(self, epoch): self.epoch = epoch
     def after_step(self, run):
-        if run.epoch == 1 and run.step % run.steps_per_epoch == 3:
+        if run.epoch == self.epoch and run.step % run.steps_per_epoch == 3:
             raise KeyboardInterrupt
 
 
@@ -303,12 +306,10 @@ def test_resume_is_the_same_run(tmp_path):
     options = {"optimizer": "sgd", "momentum": 0.9, "epochs": 4}
     train(whole, [MaskCallback(masks)], **options)
     checkpoint = tmp_path / "run.pt"
-    try:
-        train(parts, [MaskCallback(masks), Stop()], checkpoint=checkpoint, **options)
-    except KeyboardInterrupt:
-        pass
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, [MaskCallback(masks), Stop(1)], checkpoint=checkpoint, **options)
     parts = toy_net(1)
-    train(parts, [MaskCallback(masks)], checkpoint=checkpoint, **options)
+    train(parts, [MaskCallback(masks), Stop(-1)], checkpoint=checkpoint, **options)
     for (name, p), q in zip(whole.named_parameters(), parts.parameters()):
         assert torch.equal(p, q), name
 
@@ -316,7 +317,8 @@ def test_resume_is_the_same_run(tmp_path):
 def test_masks_that_do_not_fit():
     net = toy_net()
     before = copy.deepcopy(net.state_dict())
-    wrong = {"0.weight": torch.ones(4, 1, 3, 2, dtype=torch.bool), "4.weights": torch.ones(8, 64, dtype=torch.bool), "6.weight": torch.zeros(3, 8)}
+    yes = torch.ones(512, dtype=torch.bool)
+    wrong = {"0.weight": yes[:24].view(4, 1, 3, 2), "4.weights": yes.view(8, 64), "6.weight": torch.zeros(3, 8)}
     for call in (lambda: apply_masks_(net, wrong), lambda: train(net, [MaskCallback(wrong)])):
         with pytest.raises(ValueError, match="masks do not fit") as error:
             call()

@@ -50,12 +50,28 @@ def spare_outputs():
     exec_show_docs.__call__ = call
 
 
+def lenient_signatures():
+    "Let nbdev show an annotation such as \"pd.DataFrame\" as text where the chapter does not import the optional package."
+    from fastcore import docments
+
+    strict = docments.signature
+
+    def signature(symbol, **options):
+        try:
+            return strict(symbol, **options)
+        except NameError:
+            return strict(symbol, **options | {"eval_str": False})
+
+    docments.signature = signature
+
+
 def process(root):
     "Let nbdev process the notebooks; gives the folder of the processed copies."
     from nbdev.serve import proc_nbs
 
     os.chdir(root)
     spare_outputs()
+    lenient_signatures()
     try:
         return Path(proc_nbs(force=True, n_workers=0)).resolve()
     except Exception as error:  # nbdev names the chapter and the cell, and hides the reason in the cause

@@ -13,7 +13,7 @@ CAPTIONED = re.compile(r"^(?P<colon>(?:[Tt]able)?:[ ]+)[^\n]*\{#(?P<table>tbl-[\
 OPTION = re.compile(r"^#\|[^\n]*\n?", re.M)
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 OURS = ("label", "fig-cap", "fig-alt", "tbl-cap")
-NUMBER = re.compile(r"[-−+<≤≥≈]?\s*(?:\d[\d.,\s±×%()kKMGiBx/–-]*)?$")
+NUMBER = re.compile(r"[-−+<≤≥≈]?\s*(?:\d[\d.,\s±×→%()kKMGiBx/–-]*)?$")
 PX = {"pt": 4 / 3, "px": 1, "in": 96, "": 1}
 
 
