@@ -336,7 +336,7 @@ _FLAGS = dict(input=["input"], name=["name"], out=["-o", "--out"], data=["--data
               device=["--device"], json=["--json"], sparsity=["--sparsity"], bits=["--bits"], lossless=["--lossless"], force=["--force"],
               root=["--root"], seeds=["--seeds"])
 
-# %% ../nbs/90_cli.ipynb #851919ac
+# %% ../nbs/90_cli.ipynb #f902cc90
 def parser() -> argparse.ArgumentParser:
     "The command line: one subcommand for each function."
     top = argparse.ArgumentParser(prog="nncomp", description="Neural network compression: prune, share, code.")
@@ -375,7 +375,7 @@ def main(
     with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, signal.default_int_handler)   # not in a thread
     try:
         return args.run(args)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"nncomp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

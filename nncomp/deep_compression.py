@@ -48,7 +48,7 @@ def predict_bytes(
         total += min(shared, pruned, n * size)
     return math.ceil(total)
 
-# %% ../nbs/40_deep_compression.ipynb #db239924
+# %% ../nbs/40_deep_compression.ipynb #9fc46115
 @dataclass(frozen=True)
 class Recipe:
     "What each stage does, and for how long."
@@ -63,6 +63,7 @@ class Recipe:
     share_epochs:int = 3        # epochs of training the shared values
     share_lr:float = 2e-4       # peak learning rate of these
     batch_size:int = 128        # images a step, in both
+    weight_decay:float = 0.     # of the optimizer, in both (the L2 penalty of Han et al. 2015, §3.1), at least 0
     coder:str = "huffman"       # "huffman" = Han's chain; "best" = whatever is smallest
 
     def __post_init__(self):
@@ -80,11 +81,11 @@ def images_by_channel(
     "Whether a model has two-dimensional convolutions, which run up to twice as fast when the channel is the fastest axis."
     return any(isinstance(module, nn.Conv2d) for module in model.modules())
 
-# %% ../nbs/40_deep_compression.ipynb #675175e3
+# %% ../nbs/40_deep_compression.ipynb #b300ce76
 def prune_stage(
     model:nn.Module,      # trained; changed in place
     data:Data|None,       # retrains on its training split; None = cut only
-    recipe:Recipe,        # uses sparsity, scope, floor, prune_epochs, prune_lr, ramp
+    recipe:Recipe,        # uses sparsity, scope, floor, ramp, prune_epochs, prune_lr, weight_decay
     **options,            # passed to `fit` (seed, device, checkpoint, progress)
 ) -> None:
     "Remove the weights of smallest magnitude while training goes on (Han et al. 2015, §2; Zhu & Gupta 2017, eq. 1)."
@@ -95,13 +96,13 @@ def prune_stage(
         return apply_masks_(model, masks)
     pruner = Pruner(recipe.sparsity, scope=recipe.scope, floor=recipe.floor, begin=0., end=recipe.ramp)
     fit(model, data, epochs=recipe.prune_epochs, lr=recipe.prune_lr, batch_size=recipe.batch_size, callbacks=[pruner],
-        channels_last=images_by_channel(model), **options)
+        weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="pruning", **options)
 
-# %% ../nbs/40_deep_compression.ipynb #887a1a24
+# %% ../nbs/40_deep_compression.ipynb #71da43f4
 def share_stage(
     model:nn.Module,      # pruned or not; changed in place
     data:Data|None,       # trains the shared values on its training split; None = cluster only
-    recipe:Recipe,        # uses bits, init, share_epochs, share_lr
+    recipe:Recipe,        # uses bits, init, share_epochs, share_lr, weight_decay
     **options,            # passed to `fit`
 ) -> None:
     "Let each layer's weights share at most 2**bits values and train those (Han et al. 2015, §3)."
@@ -110,7 +111,7 @@ def share_stage(
     share_weights(model, recipe.bits, init=recipe.init, keep_zero=True, generator=generator, trainable=trainable)
     if trainable:
         fit(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, batch_size=recipe.batch_size,
-            channels_last=images_by_channel(model), **options)
+            weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="sharing", **options)
         finalize_sharing(model)
 
 # %% ../nbs/40_deep_compression.ipynb #f6646d4e
@@ -221,7 +222,7 @@ def _coded(model, path, recipe, before) -> Stage:
     return Stage("coded", before.valid_error_percent, before.sparsity, before.distinct, before.predicted_bytes,
                  Path(path).stat().st_size, time.perf_counter() - start)
 
-# %% ../nbs/40_deep_compression.ipynb #55650f6a
+# %% ../nbs/40_deep_compression.ipynb #22e4cdf9
 @dataclass(frozen=True)
 class Classic:
     "One run of the classic chain: what is trained, for how long, and how it is compressed."
@@ -230,7 +231,7 @@ class Classic:
     epochs:int = 20               # of dense training
     lr:float = 1e-3               # its peak learning rate (Adam, one cycle)
     batch_size:int = 128          # images a step
-    recipe:Recipe = Recipe(sparsity=0.94, share_epochs=4)
+    recipe:Recipe = Recipe(weight_decay=1e-5, share_epochs=4)
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class ClassicLeNet5(Classic):
     epochs:int = 6
     recipe:Recipe = Recipe(prune_epochs=6, share_epochs=2)
 
-# %% ../nbs/40_deep_compression.ipynb #8cd2deaf
+# %% ../nbs/40_deep_compression.ipynb #a37b02f1
 def run_classic(
     config:Classic,           # what to do
     seed:int,                 # initial weights, split and order of images
@@ -259,7 +260,7 @@ def run_classic(
     model = create_model(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0]).to(device)
     options = dict(seed=seed, device=device, progress=progress)
     fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, channels_last=images_by_channel(model),
-        checkpoint=folder / "dense-epochs.pt", **options)
+        checkpoint=folder / "dense-epochs.pt", title="training", **options)
     report = deep_compress(model, data, config.recipe, path=path or folder / "model.nncomp", folder=folder, **options)
     loaded = load(report.path, into=copy.deepcopy(model))
     dense, shared, filed = (evaluate(m, data.test, device=device) for m in (model, report.model, loaded))

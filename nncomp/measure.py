@@ -25,33 +25,35 @@ from .core import check_int, count_nonzero, evaluating, named_weights, require
 
 if TYPE_CHECKING: import pandas as pd
 
-# %% ../nbs/04_measure.ipynb #a350303f
+# %% ../nbs/04_measure.ipynb #24120183
 def sparsity(
     weights:Tensor|nn.Module|Mapping[str, Tensor]|Iterable[Tensor],  # a model stands for its `named_weights`
 ) -> float:  # in [0, 1]
-    "Fraction of entries that are exactly zero (@eq-measure-sparsity)."
+    "Fraction of entries that are exactly zero (@eq-measure-sparsity); ValueError where there are no entries."
     if isinstance(weights, nn.Module): weights = named_weights(weights)
     if isinstance(weights, Mapping): weights = weights.values()
     tensors = [weights] if isinstance(weights, Tensor) else list(weights)
     n = sum(t.numel() for t in tensors)
-    if not n: raise ValueError("there are no weights: the sparsity of nothing is not a number")
+    if not n: raise ValueError("there are no weights, so there is no sparsity")
     return 1 - count_nonzero(tensors) / n
 
-# %% ../nbs/04_measure.ipynb #dd0263c4
+# %% ../nbs/04_measure.ipynb #9c7c1df9
 def _stored(model_or_state):
-    "The tensors of a model or state dict by name; those that share memory appear once, under the first name."
+    "The tensors of a model or state dict by name; one that is there under two names appears under the first."
     state = model_or_state.state_dict() if isinstance(model_or_state, nn.Module) else model_or_state
     seen, found = set(), {}
     for name, t in state.items():
         if not isinstance(t, Tensor): continue
         place = t.data_ptr() if t.layout == torch.strided and not t.is_meta else 0
-        key = (place, t.dtype, tuple(t.shape), t.stride()) if place else id(t)
+        key = (place, t.device, t.dtype, tuple(t.shape), t.stride()) if place else id(t)
         if key not in seen: found[name] = t.detach()
         seen.add(key)
     return found
 
 
-def _entry_bytes(t): return 4 if t.is_floating_point() else t.element_size()
+def _entry_bytes(t):
+    "Bytes of an uncompressed entry: 4 for any float, an integer's own width."
+    return 4 if t.is_floating_point() else t.element_size()
 
 # %% ../nbs/04_measure.ipynb #24fc2ad1
 def dense_bytes(
@@ -60,7 +62,7 @@ def dense_bytes(
     "Bytes of the uncompressed tensors: 4 per floating-point entry, integers as they are, tied tensors once."
     return sum(t.numel() * _entry_bytes(t) for t in _stored(model_or_state).values())
 
-# %% ../nbs/04_measure.ipynb #331b9f8c
+# %% ../nbs/04_measure.ipynb #d3111d07
 def compression_ratio(
     dense_bytes:int,  # of the uncompressed model, at least 1
     file_bytes:int,   # `os.path.getsize` of the file that replaces it, at least 1
@@ -73,14 +75,14 @@ def bits_per_weight(
     file_bytes:int,  # all of the file, at least 1
     n_weights:int,   # weights of the *dense* model, at least 1
 ) -> float:
-    "Bits of the file for each weight that the model had before compression."
+    "Bits of the file for each weight that the model had before compression (@eq-measure-ratio)."
     return 8 * check_int(file_bytes, 1, name="file_bytes") / check_int(n_weights, 1, name="n_weights")
 
-# %% ../nbs/04_measure.ipynb #419587bc
+# %% ../nbs/04_measure.ipynb #f7b09509
 def layer_table(
     model_or_state:nn.Module|Mapping[str, Tensor],  # parameters and buffers; tied tensors once
 ) -> "pd.DataFrame":  # columns name, shape, entries, non-zero, sparsity, distinct, bytes
-    "One row per tensor: how large, how many zeros, how many different values, how many bytes uncompressed."
+    "One row per tensor: its size, its zeros, how many different values it holds, its bytes when uncompressed."
     rows = []
     for name, t in _stored(model_or_state).items():
         nonzero = count_nonzero([t])
@@ -89,11 +91,11 @@ def layer_table(
                      "distinct": t.unique().numel(), "bytes": t.numel() * _entry_bytes(t)})
     return require("pandas").DataFrame(rows, columns=["name", "shape", "entries", "non-zero", "sparsity", "distinct", "bytes"])
 
-# %% ../nbs/04_measure.ipynb #90270b1b
+# %% ../nbs/04_measure.ipynb #ea3c0759
 def _safetensors(model_or_state):
     "The safetensors file of the float32 state, as bytes."
-    state = {name: (t.float() if t.is_floating_point() else t).cpu().contiguous() for name, t in _stored(model_or_state).items()}
-    return safetensors.torch.save(state)
+    plain = lambda t: (t.float() if t.is_floating_point() else t).cpu().clone(memory_format=torch.contiguous_format)
+    return safetensors.torch.save({name: plain(t) for name, t in _stored(model_or_state).items()})
 
 # %% ../nbs/04_measure.ipynb #dc3af37c
 def gzip_bytes(
@@ -109,40 +111,65 @@ def zstd_bytes(
     "Size of the float32 safetensors file after `zstd -19`, its strongest standard level."
     return len(require("zstandard").ZstdCompressor(level=19).compress(_safetensors(model_or_state)))
 
-# %% ../nbs/04_measure.ipynb #70f7f4e9
-_CONVS, _TRANSPOSED = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# %% ../nbs/04_measure.ipynb #d5456adf
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WITHOUT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, ParametrizationList)  # a look-up, a scale: no matrix product
 
 
 def _macs(module, x, y):
-    "Multiply-accumulates of one call of a layer; None for a module without weights of its own."
+    "Multiply-accumulates of one call of a layer; 0 for one without a matrix product."
     if isinstance(module, nn.Linear): return y.numel() * module.in_features
-    if isinstance(module, _CONVS): return y.numel() * module.in_channels // module.groups * math.prod(module.kernel_size)
-    if isinstance(module, _TRANSPOSED): return x.numel() * module.out_channels // module.groups * math.prod(module.kernel_size)
-    if isinstance(module, (nn.Embedding, ParametrizationList)): return None
-    if any(p.ndim >= 2 for p in module.parameters(recurse=False)):
+    if isinstance(module, _CONVS): return y.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
+    if isinstance(module, _TRANSPOSED): return x.numel() * (module.out_channels // module.groups) * math.prod(module.kernel_size)
+    if not isinstance(module, _WITHOUT) and any(p.ndim >= 2 for p in module.parameters(recurse=False)):
         raise ValueError(f"no rule to count the multiplications of {type(module).__name__}")
-    return None
+    return 0
 
-# %% ../nbs/04_measure.ipynb #48a02dd7
+# %% ../nbs/04_measure.ipynb #db0943a0
 def count_macs(
-    model:nn.Module,                # run once, on zeros, in evaluation mode
-    input_shape:tuple[int, ...],    # of one example, without the batch axis
-) -> dict[str, int]:                # module name -> multiply-accumulates for one example; FLOPs = 2 × MACs
-    "Multiply-accumulates of each linear and convolution layer (@eq-measure-macs); ValueError for a layer of another kind with weights."
+    model:nn.Module,              # run once on zeros, in evaluation mode
+    input_shape:tuple[int, ...],  # of one example, without the batch axis
+) -> dict[str, int]:              # module name -> multiply-accumulates per example; FLOPs = 2 × MACs
+    "Multiply-accumulates of each dense and convolution layer (@eq-measure-macs); ValueError for another layer with weights."
     found, like = {}, next(model.parameters(), torch.zeros(0))
-    def hook_of(name):
+    def watch(name):
         def hook(module, args, output):
             macs = _macs(module, args[0] if args else None, output)
-            if macs is not None: found[name] = found.get(name, 0) + macs
+            if macs: found[name] = found.get(name, 0) + macs
         return hook
-    hooks = [module.register_forward_hook(hook_of(name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
         with evaluating(model): model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     finally:
         for hook in hooks: hook.remove()
     return found
 
-# %% ../nbs/04_measure.ipynb #9578f41e
+# %% ../nbs/04_measure.ipynb #2fe9f408
+def _where(result):
+    "The device that a call's result lives on; CUDA where it is in use and the result does not say."
+    results = result if isinstance(result, (tuple, list)) else [result]
+    for r in results:
+        if isinstance(r, Tensor): return r.device
+    return torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+
+
+def _clock(fn, repeats, wait):
+    "Seconds of each of `repeats` calls, without garbage collection in between."
+    times, collecting = [], gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            wait()
+            start = time.perf_counter_ns()
+            fn()
+            wait()
+            times.append((time.perf_counter_ns() - start) / 1e9)
+    finally:
+        if collecting: gc.enable()
+    return times
+
+# %% ../nbs/04_measure.ipynb #38974e4b
 @dataclass(frozen=True)
 class Timing:
     "How long a call takes; times in seconds."
@@ -163,18 +190,9 @@ def time_call(
 ) -> Timing:
     "Median and quartiles of the time of one call, the device's queue emptied before and after each."
     check_int(warmup, 0, name="warmup"), check_int(repeats, 2, name="repeats")
-    result = [fn() for _ in range(warmup)][-1:]
-    device = torch.device(device) if device is not None else _device_of(result[0] if result else fn())
-    wait, times, collecting = getattr(getattr(torch, device.type), "synchronize", lambda: None), [], gc.isenabled()
-    gc.disable()
-    try:
-        for _ in range(repeats):
-            wait()
-            start = time.perf_counter_ns()
-            fn()
-            wait()
-            times.append((time.perf_counter_ns() - start) / 1e9)
-    finally:
-        if collecting: gc.enable()
-    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
+    result = None
+    for _ in range(warmup): result = fn()
+    device = torch.device(device) if device is not None else _where(result)
+    wait = getattr(getattr(torch, device.type), "synchronize", lambda: None)
+    q1, median, q3 = statistics.quantiles(_clock(fn, repeats, wait), n=4, method="inclusive")
     return Timing(median, q1, q3, repeats, torch.get_num_threads(), str(device))

@@ -416,7 +416,7 @@ def _finish_epoch(run, plan, loss, accuracy, start):
     plan.each("after_epoch", run)
     return run.history[-1]
 
-# %% ../nbs/03_training.ipynb #8389e830
+# %% ../nbs/03_training.ipynb #7e822b50
 def fit(
     model:nn.Module,           # gives logits (n, classes); trained in place, moved to `device`
     data:Data,                 # trains on `data.train`, watches `data.valid`
@@ -440,6 +440,7 @@ def fit(
     checkpoint:str|os.PathLike|None=None,  # file written after each epoch; continued where it exists
     log_dir:str|os.PathLike|None=None,  # folder for TensorBoard
     progress:bool=True,        # show a bar
+    title:str="",              # what the bar says first, such as "pruning"
 ) -> list[dict]:               # per epoch: epoch, loss, accuracy, valid_loss, valid_accuracy, lr, seconds
     "Train a classifier by @eq-training-penalty; ValueError for settings or a checkpoint that do not fit, FloatingPointError for a loss that is not finite."
     settings = _Settings(epochs, lr, batch_size, optimizer, schedule, weight_decay, momentum, l1, l2, seed, channels_last, mixed_precision)
@@ -452,7 +453,7 @@ def fit(
         with _logger(log_dir, run, plan) as log, tqdm(total=run.total_steps, initial=run.step, unit="step", **hidden) as bar:
             while run.epoch < epochs:
                 start = time.perf_counter()
-                bar.set_description(f"epoch {run.epoch + 1}/{epochs}", refresh=False)
+                bar.set_description(f"{title} epoch {run.epoch + 1}/{epochs}".strip(), refresh=False)
                 log(_finish_epoch(run, plan, *_train_epoch(run, plan, bar), start))
                 _write_checkpoint(checkpoint, run, plan, identity)
     return run.history

@@ -140,9 +140,11 @@ def test_metrics():
 
 # ---------------------------------------------------------------- fit
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "momentum": 0.0}, {"optimizer": "adamw", "weight_decay": 0.1},
-                                     {"schedule": "step"}, {"schedule": "cosine", "l1": 1e-4}, {"mixed_precision": "bf16"}, {"channels_last": True},
-                                     {"augment": lambda xb, g: xb + 0.1 * torch.randn(xb.shape, generator=g)}], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, {"optimizer": "sgd", "momentum": 0.0}, {"optimizer": "adamw", "weight_decay": 0.1}, {"schedule": "step"},
+    {"schedule": "cosine", "l1": 1e-4}, {"mixed_precision": "bf16"}, {"channels_last": True},
+    {"augment": lambda xb, g: xb + 0.1 * torch.randn(xb.shape, generator=g)},
+], ids=[*map(str, range(7)), "augment"])
 def test_equal_seeds_equal_bits(options):
     data, kind = toy_data(), QUIET | dict(epochs=2, batch_size=20, lr=0.01) | options
     nets = [toy_net() for _ in range(3)]
@@ -232,9 +234,10 @@ def test_without_validation_images_and_without_epochs():
         fit(net, replace(data, train=empty.valid), **QUIET)
 
 
-@pytest.mark.parametrize("bad", [{"epochs": -1}, {"epochs": 1.5}, {"lr": -0.1}, {"lr": math.nan}, {"batch_size": 0}, {"optimizer": "rmsprop"},
-                                 {"schedule": "onecycle"}, {"l1": -1}, {"l2": math.inf}, {"seed": -1}, {"mixed_precision": "fp8"},
-                                 {"weight_decay": -1}, {"momentum": -0.5}], ids=str)
+@pytest.mark.parametrize("bad", [
+    {"epochs": -1}, {"epochs": 1.5}, {"lr": -0.1}, {"lr": math.nan}, {"batch_size": 0}, {"optimizer": "rmsprop"}, {"schedule": "onecycle"},
+    {"l1": -1}, {"l2": math.inf}, {"seed": -1}, {"mixed_precision": "fp8"}, {"weight_decay": -1}, {"momentum": -0.5},
+], ids=str)
 def test_bad_settings_change_nothing(bad):
     net = toy_net()
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -278,8 +281,10 @@ def test_tensorboard(tmp_path):
 
 # ---------------------------------------------------------------- interruption and resumption
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "l2": 1e-3}, {"optimizer": "adamw", "schedule": "step"}, {"channels_last": True},
-                                     {"mixed_precision": "bf16"}, {"mixed_precision": "fp16"}], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, {"optimizer": "sgd", "l2": 1e-3}, {"optimizer": "adamw", "schedule": "step"}, {"channels_last": True}, {"mixed_precision": "bf16"},
+    {"mixed_precision": "fp16"},
+], ids=str)
 @pytest.mark.parametrize("at", [7, 12, 16])
 def test_resume_is_the_same_run(tmp_path, options, at):
     data, kind = toy_data(), QUIET | dict(epochs=3, batch_size=16, lr=0.01) | options      # 6 steps an epoch
@@ -324,8 +329,8 @@ def test_ctrl_c(tmp_path):
     script = f"""
         import test_training as t
         t.fit(t.toy_net(), t.toy_data(), epochs=100_000, checkpoint={str(tmp_path / "run.pt")!r}, progress=False, device="cpu")"""
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)},
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT / "tests", stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 60
     while not (tmp_path / "run.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -347,7 +352,8 @@ def finished(tmp_path):
 @pytest.mark.parametrize(("change", "told"), [
     ({"lr": 0.5}, "lr is 0.001 there and 0.5 here"), ({"epochs": 3}, "epochs is 2 there and 3 here"), ({"seed": 1}, "seed is 0 there"),
     ({"optimizer": "sgd"}, "optimizer is adam there and sgd here"), ({"batch_size": 16}, "batch_size"), ({"l1": 0.1}, "l1"),
-    ({"mixed_precision": "bf16"}, "mixed_precision is None there"), ({"callbacks": [Stop(-1)]}, r"callbacks is \[\] there and \['Stop'\] here"),
+    ({"mixed_precision": "bf16"}, "mixed_precision is None there"),
+    ({"callbacks": [Stop(-1)]}, r"callbacks is \[\] there and \['Stop'\] here"),
     ({"augment": lambda xb, g: xb}, "augment"), ({"loss": lambda m, x, y: None}, "loss"),
 ])
 def test_another_run_is_refused(finished, change, told):
@@ -418,48 +424,50 @@ def test_shares_cover_a_batch_once(n, processes):
     assert sorted(total) == list(range(n)) and shares == pytest.approx(1)
 
 
-SHARED = """
+class Shared(Callback):
+    "Note which images are seen, and add a penalty."
+    def __init__(self): self.seen = []
+    def after_step(self, run): self.seen += [(run.epoch, i) for i in run.index.tolist()]
+    def extra_loss(self, run): return 1e-3 * run.model[5].weight.square().sum()
+
+
+def shared_run(kind, seed, **options):
+    "33 images in batches of 16: the last batch holds a single one."
+    look, net = Shared(), toy_net(seed, dropout=0.0)
+    if kind == "plain":
+        net[1] = nn.Identity()
+    options = dict(epochs=2, batch_size=16, lr=0.01, l1=1e-4, optimizer="sgd", callbacks=[look], device="cpu") | options
+    history = fit(net, toy_data(n=33), **options)
+    return {"state": net.state_dict(), "seen": look.seen, "history": no_seconds(history)}
+
+
+SCRIPT = """
     import sys
     import torch
-    import test_training as t
-    from torch import nn
-
-    class Look(t.Callback):
-        def __init__(self): self.seen = []
-        def after_step(self, run): self.seen += [(run.epoch, i) for i in run.index.tolist()]
-        def extra_loss(self, run): return 1e-3 * run.model[5].weight.square().sum()
-
-    out = sys.argv[1]
     from accelerate import PartialState
+    from test_training import shared_run
     rank = PartialState(cpu=True).process_index
-    look, net = Look(), t.toy_net(seed=rank, dropout=0.0)
-    if "plain" in out: net[1] = nn.Identity()
-    history = t.fit(net, t.toy_data(n=33), epochs=2, batch_size=16, lr=0.01, l1=1e-4, optimizer="sgd", callbacks=[look], checkpoint=f"{out}-run.pt")
-    torch.save({"state": net.state_dict(), "seen": look.seen, "history": t.no_seconds(history)}, f"{out}-{rank}.pt")
+    for kind in ("plain", "norm"):
+        torch.save(shared_run(kind, seed=rank, checkpoint=f"{kind}-run.pt"), f"{kind}-{rank}.pt")
     PartialState().destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["plain", "norm"])
-def test_two_processes_share_the_work(tmp_path, kind):
+def test_two_processes_share_the_work(tmp_path):
     "Ranks begin with different weights and end with equal ones; each image is used once an epoch; one process gets the same to rounding."
-    (tmp_path / "script.py").write_text(textwrap.dedent(SHARED))
+    (tmp_path / "script.py").write_text(textwrap.dedent(SCRIPT))
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(tmp_path / "script.py"), str(tmp_path / kind)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    a, b = (torch.load(tmp_path / f"{kind}-{rank}.pt") for rank in (0, 1))
-    assert all(torch.equal(a["state"][k], b["state"][k]) for k in a["state"])
-    assert a["history"] == b["history"]
-    assert sorted(a["seen"] + b["seen"]) == [(e, i) for e in range(2) for i in range(33)]       # the last batch holds one image only
-    assert torch.load(tmp_path / f"{kind}-run.pt", weights_only=True)["epoch"] == 2
-    if kind == "plain":                                       # batch statistics of BatchNorm do depend on the share
-        class Look(Callback):
-            def extra_loss(self, run): return 1e-3 * run.model[5].weight.square().sum()
-        net = toy_net(dropout=0.0)
-        net[1] = nn.Identity()
-        history = fit(net, toy_data(n=33), epochs=2, batch_size=16, lr=0.01, l1=1e-4, optimizer="sgd", callbacks=[Look()], **QUIET)
-        for key, value in net.state_dict().items():
-            torch.testing.assert_close(a["state"][key], value, rtol=1e-4, atol=1e-6)
-        for theirs, ours in zip(a["history"], history):
-            assert theirs == {k: pytest.approx(ours[k], rel=1e-4) for k in theirs}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
+    done = subprocess.run(launch, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "step/s" not in done.stderr, done.stderr[-3000:]
+    for kind in ("plain", "norm"):
+        a, b = (torch.load(tmp_path / f"{kind}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert all(torch.equal(a["state"][k], b["state"][k]) for k in a["state"])
+        assert a["history"] == b["history"]
+        assert sorted(a["seen"] + b["seen"]) == [(e, i) for e in range(2) for i in range(33)]
+        assert torch.load(tmp_path / f"{kind}-run.pt", weights_only=True)["epoch"] == 2
+    a, one = torch.load(tmp_path / "plain-0.pt", weights_only=True), shared_run("plain", seed=0, progress=False)   # BatchNorm would differ
+    for key, value in one["state"].items():
+        torch.testing.assert_close(a["state"][key], value, rtol=1e-4, atol=1e-6)
+    for theirs, ours in zip(a["history"], one["history"], strict=True):
+        assert theirs == {k: pytest.approx(ours[k], rel=1e-4) for k in theirs}
