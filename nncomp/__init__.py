@@ -16,3 +16,19 @@ def __getattr__(name):
 
 
 def __dir__(): return sorted([*globals(), *__all__])
+
+
+def command():
+    "The console command `nncomp`: a signal during the first seconds, while PyTorch is imported, ends it quietly."
+    import os
+    import signal
+
+    def leave(*_):
+        os.write(2, b"nncomp: interrupted\n")
+        os._exit(130)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name): signal.signal(getattr(signal, name), leave)
+    from nncomp.cli import main
+
+    return main()

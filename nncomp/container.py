@@ -657,7 +657,7 @@ def _row(name:str, p:_Packed, size:int) -> dict[str, Any]:
     coding = ("sparse " if p.coding & SPARSE else "") + _VALUES[p.coding & 3]
     return dict(tensor=name, dtype=_DTYPES[p.tag], shape=list(p.shape), coding=coding, **parts, other=size - sum(parts.values()), total=size)
 
-# %% ../nbs/34_container.ipynb #25a50c97
+# %% ../nbs/34_container.ipynb #a8690914
 @dataclass(frozen=True)
 class Ledger:
     "Where the bytes of a file are: one row for each tensor, a last one for the header. `str` gives a table for the terminal."
@@ -685,7 +685,7 @@ class Ledger:
     def __str__(self) -> str:
         columns = ("tensor", "type", "shape", "coding", *_PARTS, "total")
         sums = {"tensor": "total", "dtype": "", "shape": [], "coding": "", **self.parts, "total": self.total}
-        lines = [[row["tensor"], row["dtype"], "×".join(map(str, row["shape"])), row["coding"], *(f"{row[c]:,}" for c in columns[4:])]
+        lines = [["".join(c if c.isprintable() else "?" for c in row["tensor"]), row["dtype"], "×".join(map(str, row["shape"])), row["coding"], *(f"{row[c]:,}" for c in columns[4:])]
                  for row in (*self.rows, sums)]
         return _align([list(columns), *lines])
 

@@ -133,7 +133,7 @@ def count_nonzero(
     "Number of entries that are not exactly zero (@eq-core-count)."
     return sum(int(torch.count_nonzero(t)) for t in tensors)
 
-# %% ../nbs/00_core.ipynb #942388b8
+# %% ../nbs/00_core.ipynb #b7402ee2
 @contextlib.contextmanager
 def atomic_path(
     path:str|os.PathLike,  # the file to appear; its folder must exist
@@ -145,7 +145,7 @@ def atomic_path(
     os.close(handle)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

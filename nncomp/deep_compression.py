@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'predict_bytes', 'Recipe', 'images_by_channel', 'prune_stage', 'share_stage', 'Stage', 'Report',
            'deep_compress', 'Classic', 'ClassicLeNet5', 'run_classic', 'classic_lenet_300_100', 'classic_lenet_5']
 
-# %% ../nbs/40_deep_compression.ipynb #8bc9dea5
+# %% ../nbs/40_deep_compression.ipynb #8eabb52d
 import copy
 import hashlib
 import math
@@ -21,40 +21,48 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .container import Ledger, inspect, load, save
-from .core import check_fraction, check_int, count_nonzero, default_device, named_weights, seed_everything
+from torch.nn.utils import parametrize
+
+from .container import Ledger, bit_patterns, inspect, load, save
+from .core import atomic_path, check_fraction, check_int, default_device, named_weights, seed_everything
 from .data import Data, load_data
 from .entropy import entropy_bits
 from .measure import compression_ratio, dense_bytes, sparsity
 from .models import create_model, model_input_shape
-from .pruning import apply_masks_, global_magnitude_masks, magnitude_mask
+from .pruning import apply_masks_
 from .results import experiment
-from .schedules import Pruner
+from .schedules import Pruner, grow_masks
 from .training import evaluate, fit
 from .weight_sharing import finalize_sharing, share_weights
 
-# %% ../nbs/40_deep_compression.ipynb #fc33864c
+# %% ../nbs/40_deep_compression.ipynb #1ae88986
 def predict_bytes(
     state:Mapping[str, Tensor],  # a state dict; tensors of any dtype and shape
 ) -> int:                        # bytes, without positions of tensors in the file, headers or code tables
-    "For each tensor the least of: shared values (@eq-deep-size), positions and raw values, all raw."
-    total = 0.
+    "For each tensor, tied ones once, the least of: shared values (@eq-deep-size), positions and raw values, all raw."
+    total, seen = 0., set()
     for tensor in state.values():
-        n, size = tensor.numel(), tensor.element_size()
-        values, counts = tensor.detach().flatten().unique(return_counts=True)
-        shared = n * entropy_bits(counts.cpu().numpy()) / 8 + values.numel() * size
-        zeros = n - count_nonzero([tensor])
-        pruned = n * entropy_bits(np.array([zeros, n - zeros])) / 8 + (n - zeros) * size if n else 0
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
+        if place is None or place in seen: continue
+        seen.add(place)
+        patterns = bit_patterns(tensor)
+        n, size, counts = patterns.size, tensor.element_size(), np.unique(patterns, return_counts=True)[1]
+        zeros = n - np.count_nonzero(patterns)
+        shared = n * entropy_bits(counts) / 8 + counts.size * size
+        pruned = n * entropy_bits([zeros, n - zeros]) / 8 + (n - zeros) * size
         total += min(shared, pruned, n * size)
     return math.ceil(total)
 
-# %% ../nbs/40_deep_compression.ipynb #9fc46115
+# %% ../nbs/40_deep_compression.ipynb #0167ae3a
+_CHOICES = {"scope": ("global", "layer"), "init": ("optimal", "linear", "density", "forgy", "k-means++"), "coder": ("best", "huffman", "raw")}
+
+# %% ../nbs/40_deep_compression.ipynb #aa36435b
 @dataclass(frozen=True)
 class Recipe:
     "What each stage does, and for how long."
     sparsity:float = 0.95       # fraction of the weights to remove, in [0, 1]
     scope:str = "global"        # rank the weights of the whole model ("global") or of each layer ("layer")
-    floor:float = 0.01          # least fraction of a layer that stays (global scope), in [0, 1]
+    floor:float = 0.01          # least fraction of a layer that stays, in [0, 1 - sparsity]
     prune_epochs:int = 12       # epochs of training while and after pruning
     prune_lr:float = 3e-3       # peak learning rate of these
     ramp:float = 0.6            # fraction of these epochs over which sparsity grows, in [0, 1]
@@ -63,65 +71,75 @@ class Recipe:
     share_epochs:int = 3        # epochs of training the shared values
     share_lr:float = 2e-4       # peak learning rate of these
     batch_size:int = 128        # images a step, in both
-    weight_decay:float = 0.     # of the optimizer, in both (the L2 penalty of Han et al. 2015, §3.1), at least 0
+    weight_decay:float = 0.     # of the optimizer, in both (the L2 penalty of Han et al. 2016, §3.1), at least 0
     coder:str = "huffman"       # "huffman" = Han's chain; "best" = whatever is smallest
 
     def __post_init__(self):
         for name in ("sparsity", "floor", "ramp"): check_fraction(getattr(self, name), name)
-        check_int(self.bits, 1, 16, "bits")
-        if self.scope not in ("global", "layer"): raise ValueError(f"scope must be 'global' or 'layer', got {self.scope!r}")
+        if self.sparsity + self.floor > 1 + 1e-9: raise ValueError(f"sparsity {self.sparsity} leaves less than the floor of {self.floor}")
+        for name, low in dict(bits=1, batch_size=1, prune_epochs=0, share_epochs=0).items():
+            check_int(getattr(self, name), low, 16 if name == "bits" else None, name)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 RECIPES = {"classic": Recipe(), "best": Recipe(coder="best")}
 
-# %% ../nbs/40_deep_compression.ipynb #523526cd
+# %% ../nbs/40_deep_compression.ipynb #5297c734
 def images_by_channel(
     model:nn.Module,  # any module
 ) -> bool:            # for `fit(channels_last=…)`
-    "Whether a model has two-dimensional convolutions, which run up to twice as fast when the channel is the fastest axis."
-    return any(isinstance(module, nn.Conv2d) for module in model.modules())
+    "Whether a model convolves images, which runs up to twice as fast when the channel is the fastest axis."
+    return any(isinstance(m, nn.Conv2d) for m in model.modules()) and not any(p.ndim > 4 for p in model.parameters())
 
-# %% ../nbs/40_deep_compression.ipynb #b300ce76
+# %% ../nbs/40_deep_compression.ipynb #90871168
 def prune_stage(
     model:nn.Module,      # trained; changed in place
     data:Data|None,       # retrains on its training split; None = cut only
     recipe:Recipe,        # uses sparsity, scope, floor, ramp, prune_epochs, prune_lr, weight_decay
-    **options,            # passed to `fit` (seed, device, checkpoint, progress)
+    *,
+    seed:int=0,           # order of the images
+    device:str|torch.device|None=None,   # None = the fastest
+    checkpoint:str|Path|None=None,       # see `fit`
+    progress:bool=True,   # show a bar
 ) -> None:
-    "Remove the weights of smallest magnitude while training goes on (Han et al. 2015, §2; Zhu & Gupta 2017, eq. 1)."
+    "Remove the weights of smallest magnitude while training goes on (Han et al. 2016, §2; Zhu & Gupta 2017, eq. 1)."
     if data is None or recipe.prune_epochs == 0:
-        weights = named_weights(model)
-        masks = (global_magnitude_masks(weights, recipe.sparsity, floor=recipe.floor) if recipe.scope == "global"
-                 else {name: magnitude_mask(w, recipe.sparsity) for name, w in weights.items()})
-        return apply_masks_(model, masks)
+        return apply_masks_(model, grow_masks(model, recipe.sparsity, scope=recipe.scope, floor=recipe.floor))
     pruner = Pruner(recipe.sparsity, scope=recipe.scope, floor=recipe.floor, begin=0., end=recipe.ramp)
     fit(model, data, epochs=recipe.prune_epochs, lr=recipe.prune_lr, batch_size=recipe.batch_size, callbacks=[pruner],
-        weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="pruning", **options)
+        weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="pruning",
+        seed=seed, device=device, checkpoint=checkpoint, progress=progress)
 
-# %% ../nbs/40_deep_compression.ipynb #71da43f4
+# %% ../nbs/40_deep_compression.ipynb #d580a09f
 def share_stage(
     model:nn.Module,      # pruned or not; changed in place
     data:Data|None,       # trains the shared values on its training split; None = cluster only
     recipe:Recipe,        # uses bits, init, share_epochs, share_lr, weight_decay
-    **options,            # passed to `fit`
+    *,
+    seed:int=0,           # order of the images, random starts
+    device:str|torch.device|None=None,   # None = the fastest
+    checkpoint:str|Path|None=None,       # see `fit`
+    progress:bool=True,   # show a bar
 ) -> None:
-    "Let each layer's weights share at most 2**bits values and train those (Han et al. 2015, §3)."
+    "Let each layer's weights share at most 2**bits values and train those (Han et al. 2016, §3)."
     trainable = data is not None and recipe.share_epochs > 0
-    generator = torch.Generator().manual_seed(options.get("seed", 0))
+    generator = torch.Generator().manual_seed(seed)
     share_weights(model, recipe.bits, init=recipe.init, keep_zero=True, generator=generator, trainable=trainable)
     if trainable:
         fit(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, batch_size=recipe.batch_size,
-            weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="sharing", **options)
+            weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="sharing",
+            seed=seed, device=device, checkpoint=checkpoint, progress=progress)
         finalize_sharing(model)
 
-# %% ../nbs/40_deep_compression.ipynb #f6646d4e
+# %% ../nbs/40_deep_compression.ipynb #530a25bf
 @dataclass(frozen=True)
 class Stage:
     "What the model is after one stage."
     name:str                        # "dense", "pruned", "shared" or "coded"
     valid_error_percent:float|None  # on the validation split; None without data
     sparsity:float                  # zeros among the weights (rank two or more), in [0, 1]
-    distinct:int                    # most distinct values in a weight tensor
+    distinct:int                    # most distinct values in a weight tensor, to the bit
     predicted_bytes:int             # see `predict_bytes`
     file_bytes:int                  # size of the file that `save` writes at this point
     seconds:float                   # wall time of the stage
@@ -130,14 +148,13 @@ class Stage:
 @dataclass(frozen=True)
 class Report:
     "What `deep_compress` did: the compressed model, a row for each stage, and the file's ledger."
-    model:nn.Module = field(repr=False)    # the compressed model, equal to the file's content bit for bit
+    model:nn.Module = field(repr=False)    # the compressed model in evaluation mode, equal to the file's content bit for bit
     stages:tuple[Stage, ...]
     path:Path                              # the file
     dense_bytes:int                        # float32 bytes of the model
+    file_bytes:int                         # size of the file
     ledger:Ledger = field(repr=False)      # bytes by tensor and part
 
-    @property
-    def file_bytes(self) -> int: return self.path.stat().st_size
     @property
     def ratio(self) -> float: return compression_ratio(self.dense_bytes, self.file_bytes)
 
@@ -145,7 +162,7 @@ class Report:
         "Numbers only, ready for JSON."
         return dict(dense_bytes=self.dense_bytes, file_bytes=self.file_bytes, ratio=self.ratio, stages=[asdict(s) for s in self.stages])
 
-# %% ../nbs/40_deep_compression.ipynb #2fab93b1
+# %% ../nbs/40_deep_compression.ipynb #4a2c422f
 def _as_bytes(tensor:Tensor) -> Tensor:
     "The tensor's memory as uint8 on the CPU, so that NaN equals itself."
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
@@ -159,13 +176,14 @@ def _measured(name, model, data, recipe, device, seconds) -> Stage:
         save(state, Path(folder) / "stage.nncomp", coder=recipe.coder)
         size = (Path(folder) / "stage.nncomp").stat().st_size
     error = evaluate(model, data.valid, device=device).error_percent if data is not None and len(data.valid) else None
-    return Stage(name, error, sparsity(weights) if weights else 0., max((w.unique().numel() for w in weights), default=0),
+    return Stage(name, error, sparsity(weights), max(np.unique(bit_patterns(w)).size for w in weights),
                  predict_bytes(state), size, seconds)
 
 
-def _tag(model:nn.Module, recipe:Recipe, seed:int) -> str:
-    "A name for one run: it changes with the weights, the recipe and the seed, so that no run resumes another's."
-    digest = hashlib.sha256(repr((recipe, seed)).encode())
+def _tag(model:nn.Module, data:Data|None, recipe:Recipe, seed:int) -> str:
+    "A name for one run: it changes with weights, data, recipe and seed, so that no run resumes another's."
+    digest = hashlib.sha256(repr((type(model).__qualname__, recipe, seed)).encode())
+    for tensor in () if data is None else (data.train.x, data.train.y, data.valid.x, data.valid.y): digest.update(_as_bytes(tensor).numpy())
     for name, tensor in model.state_dict().items(): digest.update(name.encode() + _as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()[:10]
 
@@ -182,7 +200,7 @@ def _resumable(
     work()
     if kept is not None: save(model, kept, coder="raw")
 
-# %% ../nbs/40_deep_compression.ipynb #0e17d91e
+# %% ../nbs/40_deep_compression.ipynb #4ce515ff
 def deep_compress(
     model:nn.Module,              # trained; left as it is, a copy is compressed
     data:Data|None=None,          # to retrain on and to measure with; None = cut, cluster and code only
@@ -194,12 +212,12 @@ def deep_compress(
     device:str|torch.device|None=None,  # None = the fastest
     progress:bool=True,           # show a bar
 ) -> Report:
-    "Prune, share and code a copy of `model` into one file (Han et al. 2015, *Deep Compression*, fig. 1)."
+    "Prune, share and code a copy of `model` into one file (Han et al. 2016, *Deep Compression*, fig. 1)."
     if isinstance(recipe, str) and recipe not in RECIPES: raise ValueError(f"no recipe {recipe!r}; there are: {', '.join(RECIPES)}")
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-    if data is None: warnings.warn("no data was given: nothing is retrained, which costs accuracy", stacklevel=2)
+    _check(model, data, recipe, Path(path))
     device, folder = device or default_device(), None if folder is None else Path(folder)
-    model, tag = copy.deepcopy(model).to(device), _tag(model, recipe, seed)
+    model, tag = copy.deepcopy(model).to(device), _tag(model, data, recipe, seed)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
     stages = [_measured("dense", model, data, recipe, device, 0.)]
     for name, stage in (("pruned", prune_stage), ("shared", share_stage)):
@@ -208,17 +226,29 @@ def deep_compress(
         _resumable(folder and folder / f"{name}-{tag}.nncomp", model, lambda: stage(model, data, recipe, **options))
         stages.append(_measured(name, model, data, recipe, device, time.perf_counter() - start))
     stages.append(_coded(model, path, recipe, stages[-1]))
-    return Report(model.cpu(), tuple(stages), Path(path), dense_bytes(model), inspect(path))
+    return Report(model.cpu().eval(), tuple(stages), Path(path), dense_bytes(model), Path(path).stat().st_size, inspect(path))
 
-# %% ../nbs/40_deep_compression.ipynb #a9313fc7
+# %% ../nbs/40_deep_compression.ipynb #fc6e01d9
+def _check(model, data, recipe, path) -> None:
+    "Complain before any work: the recipe, the output, and what of the model cannot be compressed. Warn without data."
+    if not isinstance(recipe, Recipe): raise ValueError(f"recipe must be a Recipe or one of {', '.join(RECIPES)}, got {type(recipe).__name__}")
+    if path.is_dir() or not path.parent.is_dir(): raise ValueError(f"{path} cannot be written: name a file in a folder that exists")
+    if any(parametrize.is_parametrized(m) for m in model.modules()): raise ValueError("the model has parametrized tensors; make them plain first")
+    if not named_weights(model): raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
+    if data is None: warnings.warn("no data was given: nothing is retrained, which costs accuracy", stacklevel=3)
+    elif recipe.share_epochs and any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        raise ValueError("a recurrent layer cannot train shared values; use a recipe with share_epochs=0")
+
+
 def _coded(model, path, recipe, before) -> Stage:
     "Write the file, read it back, compare every bit, and give the stage's row."
     start = time.perf_counter()
-    save(model, path, coder=recipe.coder)
-    back, state = load(path), model.state_dict()
-    for name, tensor in state.items():
-        same = back[name].shape == tensor.shape and back[name].dtype == tensor.dtype
-        if not (same and torch.equal(_as_bytes(back[name]), _as_bytes(tensor))): raise RuntimeError(f"{name} did not come back from {path} as it was")
+    with atomic_path(path) as part:
+        save(model, part, coder=recipe.coder)
+        back, state = load(part), model.state_dict()
+        for name, tensor in state.items():
+            same = back[name].shape == tensor.shape and back[name].dtype == tensor.dtype
+            if not (same and torch.equal(_as_bytes(back[name]), _as_bytes(tensor))): raise RuntimeError(f"{name} would not come back as it was; nothing was written")
     return Stage("coded", before.valid_error_percent, before.sparsity, before.distinct, before.predicted_bytes,
                  Path(path).stat().st_size, time.perf_counter() - start)
 
@@ -241,10 +271,10 @@ class ClassicLeNet5(Classic):
     epochs:int = 6
     recipe:Recipe = Recipe(prune_epochs=6, share_epochs=2)
 
-# %% ../nbs/40_deep_compression.ipynb #a37b02f1
+# %% ../nbs/40_deep_compression.ipynb #2256cde5
 def run_classic(
     config:Classic,           # what to do
-    seed:int,                 # initial weights, split and order of images
+    seed:int,                 # initial weights and order of the images; the validation split is the same for all
     folder:str|Path,          # checkpoints and the file go here
     *,
     path:str|Path|None=None,  # the file; None = model.nncomp in `folder`
@@ -262,21 +292,21 @@ def run_classic(
     fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, channels_last=images_by_channel(model),
         checkpoint=folder / "dense-epochs.pt", title="training", **options)
     report = deep_compress(model, data, config.recipe, path=path or folder / "model.nncomp", folder=folder, **options)
-    loaded = load(report.path, into=copy.deepcopy(model))
+    loaded = load(report.path, into=create_model(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0]).to(device))
     dense, shared, filed = (evaluate(m, data.test, device=device) for m in (model, report.model, loaded))
     if shared != filed: raise RuntimeError(f"the loaded model makes {filed.errors} errors, the saved one {shared.errors}")
     metrics = dict(model=config.model, dataset=config.dataset, dense_error_percent=dense.error_percent, file_error_percent=filed.error_percent,
                    test_images=filed.n, parts=report.ledger.to_dict()["parts"], total_seconds=time.perf_counter() - start, **report.to_dict())
     return metrics | {"artefact": report.path}, report, model
 
-# %% ../nbs/40_deep_compression.ipynb #fbe9eec0
+# %% ../nbs/40_deep_compression.ipynb #14fd8ca8
 @experiment("classic-lenet-300-100")
 def classic_lenet_300_100(config:Classic, seed:int, folder:Path) -> dict:
-    "LeNet-300-100 on MNIST by Han's chain (Han et al. 2015, table 1, row 2). `nncomp reproduce classic-lenet-300-100`; a minute a seed on two CPU cores."
+    "LeNet-300-100 on MNIST by Han's chain (Han et al. 2016, table 1). `nncomp reproduce classic-lenet-300-100`; about two minutes a seed on one CPU core."
     return run_classic(config, seed, folder)[0]
 
 
 @experiment("classic-lenet-5")
 def classic_lenet_5(config:ClassicLeNet5, seed:int, folder:Path) -> dict:
-    "Caffe's LeNet-5 on MNIST by Han's chain (Han et al. 2015, table 1, row 4). `nncomp reproduce classic-lenet-5`; four minutes a seed on two CPU cores."
+    "Caffe's LeNet-5 on MNIST by Han's chain (Han et al. 2016, table 1). `nncomp reproduce classic-lenet-5`; about five minutes a seed on one CPU core."
     return run_classic(config, seed, folder)[0]

@@ -29,7 +29,7 @@ def cubic_sparsity(
     check_fraction(initial, "initial")
     return final + (initial - final) * (1 - progress)**3
 
-# %% ../nbs/11_schedules.ipynb #1a2bb3d5
+# %% ../nbs/11_schedules.ipynb #809a418a
 def _targets(model: nn.Module, sparsity: float | Mapping[str, float], scope: str, floor: float) -> dict[str, float]:
     "Parameter name -> sparsity in [0, 1 - floor], checked against `model`."
     if scope not in ("layer", "global"): raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
@@ -40,14 +40,14 @@ def _targets(model: nn.Module, sparsity: float | Mapping[str, float], scope: str
     if not targets: raise ValueError("nothing to prune: the model has no weight tensor, or no sparsity was given")
     for name, s in targets.items():
         if name not in known: raise ValueError(f"{name} is not a parameter of the model")
-        if check_fraction(s, f"sparsity of {name}") > 1 - check_fraction(floor, "floor") or s == 1:
+        if check_fraction(s, f"sparsity of {name}") + check_fraction(floor, "floor") > 1 + 1e-9 or s == 1:
             raise ValueError(f"sparsity {s} of {name} leaves less than the floor of {floor}, or nothing at all")
     return targets
 
 
 def _drop_more(scores: Mapping[str, Tensor], sparsity: float, floor: float) -> dict[str, Tensor]:
     "Masks at `sparsity` of all `scores` together, or as far as the floor allows; what was dropped before (-inf) stays dropped."
-    total, least = sum(s.numel() for s in scores.values()), sum(math.ceil(floor * s.numel()) for s in scores.values())
+    total, least = sum(s.numel() for s in scores.values()), sum(math.ceil(floor * s.numel() - 1e-9) for s in scores.values())
     before = sum(int((s == -math.inf).sum()) for s in scores.values())
     return drop_lowest_global(scores, max(before, min(round(sparsity * total), total - least)), floor=floor)
 
@@ -75,7 +75,7 @@ def grow_masks(
 # %% ../nbs/11_schedules.ipynb #81d2cd27
 _SHAPES = {"cubic": cubic_sparsity, "linear": lambda progress, final: progress * final, "one-shot": lambda progress, final: final}
 
-# %% ../nbs/11_schedules.ipynb #823f16ca
+# %% ../nbs/11_schedules.ipynb #c840f39b
 class Pruner(MaskCallback):
     "Prune while `fit` runs; `.masks` hold what is kept, and at the end of the run the model holds plain zeros (@eq-schedules-cubic)."
     def __init__(
@@ -95,6 +95,9 @@ class Pruner(MaskCallback):
         if self.end < self.begin: raise ValueError(f"end must not come before begin, got {begin} and {end}")
         self.sparsity, self.schedule, self.every = sparsity, schedule, check_int(every, 1, name="every")
         self.scope, self.floor, self.done = scope, floor, False
+
+    def identity(self) -> str:
+        return str((self.sparsity, self.schedule, self.begin, self.end, self.every, self.scope, self.floor))
 
     def before_fit(self, run:Run) -> None:
         _targets(run.model, self.sparsity, self.scope, self.floor)

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['lr_factor', 'penalty', 'Metrics', 'evaluate', 'Run', 'Callback', 'fit']
 
-# %% ../nbs/03_training.ipynb #affd8ef7
+# %% ../nbs/03_training.ipynb #0484e662
 import contextlib
+import functools
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -79,17 +81,27 @@ class Metrics:
         "Wrongly classified images per hundred."
         return 100 * self.errors / self.n
 
-# %% ../nbs/03_training.ipynb #5119ac06
+# %% ../nbs/03_training.ipynb #cd5f850c
 def _device_of(model):
     "Where a model's first tensor lives."
     return next((t.device for tensors in (model.parameters(), model.buffers()) for t in tensors), torch.device("cpu"))
+
+
+def _logits(model, xb):
+    "The model's output for images in its own floating type; ValueError where it is not (n, classes)."
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), xb.dtype)
+    out = model(xb.to(dtype))
+    if not isinstance(out, Tensor) or out.ndim != 2:
+        what = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(f"the model must return logits of shape (n, classes), got {what}; wrap it in a module that does")
+    return out
 
 
 def _right(logits, y):
     "Which rows have their largest logit in the right place; a row with NaN has not."
     return (logits.argmax(1) == y) & ~logits.isnan().any(1)
 
-# %% ../nbs/03_training.ipynb #a226882b
+# %% ../nbs/03_training.ipynb #1674ed67
 def evaluate(
     model:nn.Module,             # gives logits (n, classes); its modes are put back, and so is its device
     split_or_batches:Split|Batches|Iterable[tuple[Tensor, Tensor]],  # images (n, c, h, w) with labels (n,)
@@ -102,18 +114,19 @@ def evaluate(
     if isinstance(batches, Split): batches = zip(batches.x.split(check_int(batch_size, 1, name="batch_size")), batches.y.split(batch_size))
     device, losses, right = torch.device(device or home), [torch.zeros(1)], [torch.zeros(0, dtype=torch.bool)]
     try:
-        with evaluating(model.to(device)):
+        with evaluating(model if device == home else model.to(device)):
             for xb, yb in batches:
-                logits, yb = model(xb.to(device)).float(), yb.to(device)
+                logits, yb = _logits(model, xb.to(device)).float(), yb.to(device)
                 losses.append(F.cross_entropy(logits, yb, reduction="none"))
                 right.append(_right(logits, yb))
-    finally: model.to(home)
+    finally:
+        if device != home: model.to(home)
     right, loss = torch.cat([r.cpu() for r in right]), sum(l.cpu().double().sum() for l in losses)
     if not len(right): raise ValueError("there are no images to evaluate on")
     hits = int(right.sum())
     return Metrics(len(right), float(loss) / len(right), hits / len(right), len(right) - hits)
 
-# %% ../nbs/03_training.ipynb #7360be3c
+# %% ../nbs/03_training.ipynb #9e4234bb
 @dataclass(eq=False)
 class Run:
     "A training run under way, as callbacks see it."
@@ -136,6 +149,7 @@ class Callback:
     def after_backward(self, run:Run) -> None: "Gradients are there, and the optimizer has not seen them."
     def after_step(self, run:Run) -> None: "The optimizer has changed the weights; `run.step` counts this step."
     def after_epoch(self, run:Run) -> None: "The epoch is the last record in `run.history`; `run.epoch` counts it."
+    def identity(self) -> str: return ""     # its settings: a checkpoint made with others is refused
     def state_dict(self) -> dict: return {}  # tensors, numbers, strings, and containers of them
     def load_state_dict(self, state:dict) -> None: "Take back what `state_dict` gave, on resuming."
 
@@ -175,10 +189,10 @@ class _Settings:
             value = getattr(self, name)
             if value not in known: raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
 
-# %% ../nbs/03_training.ipynb #f5366338
+# %% ../nbs/03_training.ipynb #0b7f27d4
 def _cross_entropy(model, xb, yb):
     "The loss of an ordinary classifier, and its logits."
-    logits = model(xb)
+    logits = _logits(model, xb)
     return F.cross_entropy(logits, yb), logits
 
 
@@ -304,16 +318,26 @@ def _train_epoch(run, plan, bar):
         _agree(run.model.buffers(), "mean")
     return sums[0] / sums[2], sums[1] / sums[2]
 
-# %% ../nbs/03_training.ipynb #02747a35
+# %% ../nbs/03_training.ipynb #632fb8c4
 _FORMAT = "nncomp training checkpoint 1"
+
+
+def _named(f):
+    "A name for a function, arguments included where they were bound with `partial`."
+    if isinstance(f, functools.partial): return f"{_named(f.func)}{f.args}{sorted(f.keywords.items())}"
+    return None if f is None else getattr(f, "__qualname__", type(f).__qualname__)
+
+
+def _digest(split):
+    "A checksum of the images and labels of a split."
+    return zlib.crc32(split.y.cpu().numpy(), zlib.crc32(split.x.cpu().contiguous().numpy()))
 
 
 def _identity(model, data, settings, callbacks, loss, augment):
     "Everything that must be equal for a run to be continued."
-    name = lambda f: None if f is None else getattr(f, "__qualname__", type(f).__qualname__)
     shapes = {f"tensor {key}": f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
-    images = f"{data.name}, {len(data.train)} images of {tuple(data.train.x.shape[1:])}"
-    return asdict(settings) | dict(data=images, callbacks=[name(type(c)) for c in callbacks], loss=name(loss), augment=name(augment)) | shapes
+    images = f"{data.name}, {len(data.train)} images of {tuple(data.train.x.shape[1:])}, checksum {_digest(data.train):08x}"
+    return asdict(settings) | dict(data=images, callbacks=[f"{_named(type(c))} {c.identity()}".strip() for c in callbacks], loss=_named(loss), augment=_named(augment)) | shapes
 
 
 def _load_checkpoint(path):
@@ -360,18 +384,23 @@ def _restore(saved, run, plan):
     run.epoch, run.step, run.history[:] = saved["epoch"], saved["step"], saved["history"]
     plan.kept = run.epoch
 
-# %% ../nbs/03_training.ipynb #3265a864
+# %% ../nbs/03_training.ipynb #b7980df4
 @contextlib.contextmanager
 def _surroundings(run, plan, checkpoint):
-    "Put the caller's random state and the memory format back; tell who interrupts how to go on."
+    "Put the caller's random state, modes and memory formats back; tell who interrupts how to go on."
+    modes, formats = {m: m.training for m in run.model.modules()}, {p: p.is_contiguous() for p in run.model.parameters()}
+    if not run.model.training: run.model.train()     # else every part keeps its mode: what is frozen stays frozen
     try:
+        if plan.settings.channels_last: run.model.to(memory_format=torch.channels_last)
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []): yield
     except KeyboardInterrupt:
         if plan.kept: how = f"{checkpoint} holds {plan.kept} of {plan.settings.epochs} epochs; call fit again with the same arguments to go on"
         else: how = "nothing was kept" + ("; name a file with checkpoint=PATH to be able to go on" if checkpoint is None else "")
         raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}: {how}") from None
     finally:
-        if plan.settings.channels_last: run.model.to(memory_format=torch.contiguous_format)
+        for module, mode in modes.items(): module.training = mode
+        for p, contiguous in formats.items():
+            if contiguous: p.data = p.data.contiguous()
 
 
 @contextlib.contextmanager
@@ -384,15 +413,15 @@ def _logger(log_dir, run, plan) -> Iterator[Callable]:
     with contextlib.closing(writer):
         yield lambda record: [writer.add_scalar(key, value, record["epoch"]) for key, value in record.items() if key != "epoch"]
 
-# %% ../nbs/03_training.ipynb #e047b3e3
+# %% ../nbs/03_training.ipynb #a49a2770
 def _prepare(model, data, settings, callbacks, loss, augment, device):
     "Model and data on the device, optimizer, batches."
     world, device = _world(device)
-    model.to(device).train()
-    if settings.channels_last: model.to(memory_format=torch.channels_last)
+    model.to(device)
     if world.num_processes > 1: _agree([*model.parameters(), *model.buffers()], "first")
     data = data.to(device)
-    batches = data.batches("train", settings.batch_size, augment=augment, seed=settings.seed)
+    alone = len(data.train) > settings.batch_size and len(data.train) % settings.batch_size == 1   # batch normalisation needs two
+    batches = data.batches("train", settings.batch_size, augment=augment, seed=settings.seed, drop_last=alone)
     if not len(batches): raise ValueError(f"the training split of {data.name!r} is empty")
     optimizer = _OPTIMIZERS[settings.optimizer]([p for p in model.parameters() if p.requires_grad], settings)
     run = Run(model, optimizer, data, device, len(batches), settings.epochs * len(batches))
@@ -416,7 +445,7 @@ def _finish_epoch(run, plan, loss, accuracy, start):
     plan.each("after_epoch", run)
     return run.history[-1]
 
-# %% ../nbs/03_training.ipynb #7e822b50
+# %% ../nbs/03_training.ipynb #784a37f3
 def fit(
     model:nn.Module,           # gives logits (n, classes); trained in place, moved to `device`
     data:Data,                 # trains on `data.train`, watches `data.valid`
@@ -444,7 +473,7 @@ def fit(
 ) -> list[dict]:               # per epoch: epoch, loss, accuracy, valid_loss, valid_accuracy, lr, seconds
     "Train a classifier by @eq-training-penalty; ValueError for settings or a checkpoint that do not fit, FloatingPointError for a loss that is not finite."
     settings = _Settings(epochs, lr, batch_size, optimizer, schedule, weight_decay, momentum, l1, l2, seed, channels_last, mixed_precision)
-    identity = _identity(model, data, settings, callbacks, loss, augment)
+    identity = _identity(model, data, settings, callbacks, loss, augment) if checkpoint is not None else None
     saved = _read_checkpoint(checkpoint, identity) if checkpoint is not None else None
     run, plan = _prepare(model, data, settings, callbacks, loss, augment, device)
     hidden = {} if progress and plan.world.is_main_process else {"disable": True}

@@ -57,7 +57,7 @@ class SharedWeight(nn.Module):
         "The codebook to start training from (`weight` itself is not looked at)."
         return self.start.clone()
 
-# %% ../nbs/21_weight_sharing.ipynb #f4446231
+# %% ../nbs/21_weight_sharing.ipynb #b8291694
 def _chosen(model, bits, biases):
     "Name -> (parameter, bits) of the tensors to share, checked."
     if any(parametrize.is_parametrized(module) for module in model.modules()):
@@ -79,8 +79,6 @@ def _owners(model, parameter):
 
 def _attach(owners, codebook, assignments):
     "Parametrize one tensor of one or several owners by one trainable codebook."
-    if any(isinstance(module, nn.RNNBase) for module, _ in owners):
-        raise ValueError("a recurrent layer reads its weights behind PyTorch's back and cannot train shared ones; use trainable=False")
     shared, first = SharedWeight(codebook, assignments), None
     for module, leaf in owners:
         needs_gradient, order = getattr(module, leaf).requires_grad, list(module._parameters)
@@ -90,7 +88,7 @@ def _attach(owners, codebook, assignments):
         module.parametrizations[leaf].original = first
         module.parametrizations[leaf].later = order[order.index(leaf) + 1:]  # to restore the order of the parameters
 
-# %% ../nbs/21_weight_sharing.ipynb #75fe91ea
+# %% ../nbs/21_weight_sharing.ipynb #719ff92f
 def share_weights(
     model:nn.Module,           # changed in place: its tensors are snapped, or computed from codebooks
     bits:int|dict[str,int],    # 1…16, at most 2**bits values a tensor; a dict names the tensors to share
@@ -107,6 +105,8 @@ def share_weights(
     for name, (p, b) in _chosen(model, bits, biases).items():
         if not p.numel(): continue
         plan[name] = p, *kmeans_1d(check_finite(p.detach(), name), 2**b, init=init, keep_zero=keep_zero, generator=generator)
+    if trainable and any(isinstance(module, nn.RNNBase) for p, *_ in plan.values() for module, _ in _owners(model, p)):
+        raise ValueError("a recurrent layer reads its weights behind PyTorch's back and cannot train shared ones; use trainable=False")
     for p, codebook, assignments in plan.values():
         if trainable: _attach(_owners(model, p), codebook, assignments)
         else:

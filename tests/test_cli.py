@@ -1,6 +1,7 @@
 "The command line as a user meets it: in a process of its own, with good input, bad input and interruptions."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nncomp.container import load, save
+from nncomp.data import load_data
 
 COMMAND = str(Path(sys.executable).with_name("nncomp"))
 
@@ -40,6 +42,9 @@ def folder(tmp_path_factory):
     save(state, path / "net.nncomp")
     (path / "cut.nncomp").write_bytes((path / "net.nncomp").read_bytes()[:-7])
     (path / "text.txt").write_text("hello")
+    (path / "list.safetensors.index.json").write_text("[1, 2]")
+    (path / "gone.safetensors.index.json").write_text('{"weight_map": {"w": "gone.safetensors"}}')
+    (path / "one.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, "net.safetensors")}))
     return path
 
 
@@ -69,6 +74,13 @@ def test_sparsity_and_bits(folder, tmp_path):
 
 
 BAD = {
+    "demo over an existing file": (["demo", "-o", "net.nncomp"], "--force"),
+    "demo whose report would replace its file": (["demo", "-o", "demo.html"], "report"),
+    "demo on a device that is not there": (["demo", "--device", "bogus"], "bogus"),
+    "index that is no index": (["compress", "list.safetensors.index.json", "-o", "out"], "is not an index"),
+    "index of a missing shard": (["compress", "gone.safetensors.index.json", "-o", "out"], "download that shard"),
+    "output is a shard": (["compress", "one.safetensors.index.json", "-o", "net.safetensors", "--force"], "part of it"),
+    "output is a device": (["compress", "net.pt", "-o", "/dev/null", "--force"], "not an ordinary file"),
     "missing input": (["compress", "nowhere.safetensors", "-o", "out"], "is not a file"),
     "empty pt": (["compress", "empty.pt", "-o", "out"], "is empty"),
     "empty safetensors": (["compress", "empty.safetensors", "-o", "out"], "is empty"),
@@ -140,6 +152,37 @@ def test_demo_prints_one_object(tmp_path):
     assert result["file_error_percent"] < 10
     assert (tmp_path / result["report"]).read_text().count("<svg") == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.html", "demo.nncomp"]
+
+
+def test_a_sharded_checkpoint_is_one_file(folder, tmp_path):
+    assert nncomp("compress", folder / "one.safetensors.index.json", "-o", "a.nncomp", cwd=tmp_path).returncode == 0
+    assert load(tmp_path / "a.nncomp").keys() == load_file(folder / "net.safetensors").keys()
+
+
+def test_tied_tensors_are_stored_once(tmp_path):
+    w = torch.randn(200, 100)
+    torch.save({"embed": w, "out": w}, tmp_path / "tied.pt")
+    torch.save({"embed": w}, tmp_path / "once.pt")
+    for name in ("tied", "once"):
+        assert nncomp("compress", f"{name}.pt", "-o", f"{name}.nncomp", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "tied.nncomp").stat().st_size < (tmp_path / "once.nncomp").stat().st_size + 60
+
+
+def test_verify_reports_damage_as_a_row(tmp_path, monkeypatch):
+    from nncomp.cli import verify
+    from nncomp.results import results_root
+
+    shutil.copytree(results_root(), tmp_path / "results")
+    shutil.copytree(results_root().parent / "models", tmp_path / "models")
+    for path in (tmp_path / "models").glob("*.nncomp"):
+        path.write_bytes(path.read_bytes()[:-9])
+    (tmp_path / "models" / "stray.nncomp").write_bytes(b"?")
+    monkeypatch.setattr("nncomp.cli.load_data", lambda name, size: load_data("digits", size=size))
+    rows = verify(root=tmp_path)
+    assert len(rows) == 1 + len(list(results_root().iterdir()))
+    assert not any(row["ok"] for row in rows) and all(row["problem"] for row in rows)
+    with pytest.raises(ValueError, match="cifar10"):
+        verify("cifar10", root=tmp_path)
 
 
 def test_verify_the_shipped_files(mnist_root, monkeypatch):

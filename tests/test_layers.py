@@ -38,7 +38,7 @@ def imports(path, top_level=False):
 
 def inner(path):
     "The package's own modules that a file imports."
-    return {name.split(".")[1] for name in imports(path) if name.startswith("nncomp.")}
+    return {name.split(".")[1] for name in imports(path) if name.startswith("nncomp.") and not name.startswith("nncomp.__")}
 
 
 def family(module):

@@ -471,3 +471,54 @@ def test_two_processes_share_the_work(tmp_path):
         torch.testing.assert_close(a["state"][key], value, rtol=1e-4, atol=1e-6)
     for theirs, ours in zip(a["history"], one["history"], strict=True):
         assert theirs == {k: pytest.approx(ours[k], rel=1e-4) for k in theirs}
+
+
+def test_checkpoint_of_other_settings_or_images_is_refused(tmp_path):
+    "A callback's settings, the arguments bound to an augmentation and the images themselves are part of a run's identity."
+    import functools
+
+    from nncomp.data import load_data
+    from nncomp.schedules import Pruner
+
+    def shift(xb, generator, by=0):
+        return xb.roll(by, -1)
+
+    digits = load_data("digits", size=8)
+    other = load_data("digits", size=8, seed=1)
+    make = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # noqa: E731
+    options = dict(epochs=1, checkpoint=tmp_path / "run.pt", progress=False)
+    fit(make(), digits, callbacks=[Pruner(0.5)], augment=functools.partial(shift, by=1), **options)
+    for data, sparsity, by in ((digits, 0.9, 1), (digits, 0.5, 2), (other, 0.5, 1)):
+        with pytest.raises(ValueError, match="there and .* here"):
+            fit(make(), data, callbacks=[Pruner(sparsity)], augment=functools.partial(shift, by=by), **options)
+
+
+def test_modes_and_formats_come_back():
+    from nncomp.data import load_data
+
+    digits = load_data("digits", size=8)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10))
+    net[1].eval()
+    before = net[1].running_mean.clone()
+    fit(net, digits, epochs=1, channels_last=True, progress=False, device="cpu")
+    assert net.training and not net[1].training
+    assert torch.equal(net[1].running_mean, before), "a frozen normalisation was trained"
+    assert net[0].weight.is_contiguous()
+    net.eval()
+    fit(net, digits, epochs=1, progress=False, device="cpu")
+    assert not net.training
+
+
+def test_output_of_the_wrong_kind_is_one_error():
+    from nncomp.data import load_data
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.fc(x.flatten(1)), None
+
+    with pytest.raises(ValueError, match="a tuple"):
+        fit(Pair(), load_data("digits", size=8), epochs=1, progress=False, device="cpu")
