@@ -234,7 +234,7 @@ def demo(
     write_report(result, report, dense, output.with_suffix(".html"))
     return result, report
 
-# %% ../nbs/90_cli.ipynb #24f6c74d
+# %% ../nbs/90_cli.ipynb #543e0e4d
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>
 body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
@@ -244,13 +244,23 @@ td:first-child,th:first-child{{text-align:left}}pre{{overflow-x:auto;font-size:1
 """
 
 
+def _histogram(name:str, before:Tensor, after:Tensor) -> str:
+    "The weights of one layer before and after, as inline SVG."
+    from nncomp import plot
+    with plot.plt.rc_context(plot.STYLE):
+        figure = plot.weight_histogram(before, after, log=True).figure
+        svg = plot.figure_svg(figure, f"{name}: histogram of the weights before and after")
+    plot.plt.close(figure)
+    return svg
+
+
 def _html_table(rows:list[dict]) -> str:
     "Rows of one shape as an HTML table."
     head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
 
-# %% ../nbs/90_cli.ipynb #07690231
+# %% ../nbs/90_cli.ipynb #5c503303
 def write_report(
     result:dict,        # what `demo` prints
     report:Report,      # what `deep_compress` returned
@@ -258,10 +268,8 @@ def write_report(
     output:str|Path,    # the HTML file
 ) -> None:
     "Write the page with stages, weight histograms before and after, and the ledger."
-    from nncomp import plot
     after = named_weights(report.model)
-    figures = [f"<h3>{html.escape(name)}</h3>" + plot.figure_svg(plot.weight_histogram(w.detach(), after[name].detach(), log=True).figure, f"{name}: histogram of the weights before and after")
-               for name, w in named_weights(dense).items()]
+    figures = [f"<h3>{html.escape(name)}</h3>" + _histogram(name, w.detach(), after[name].detach()) for name, w in named_weights(dense).items()]
     page = _PAGE.format(title=html.escape(f"{result['model']} on {result['dataset']}: {result['ratio']:.1f} times smaller"),
                         summary=html.escape(summary_line(result)), stages=_html_table(stage_rows(result)),
                         figures="".join(figures), ledger=html.escape(str(report.ledger)))
