@@ -6,7 +6,7 @@
 __all__ = ['read_tensors', 'source_files', 'shape_tensor', 'check_output', 'compress_file', 'expand_file', 'demo_config', 'demo',
            'write_report', 'stage_rows', 'summary_line', 'verify_file', 'verify', 'parser', 'main']
 
-# %% ../nbs/90_cli.ipynb #241eb629
+# %% ../nbs/90_cli.ipynb #fdc3c847
 import argparse
 import contextlib
 import hashlib
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def read_tensors(
     if path.suffix in (".pt", ".pth", ".bin"): return _with_aliases(_read_pickled(path))
     raise ValueError(f"{path} should end in .safetensors, .safetensors.index.json, .pt, .pth or .bin")
 
-# %% ../nbs/90_cli.ipynb #25e15355
+# %% ../nbs/90_cli.ipynb #d2b17073
 def _read_safetensors(path:Path) -> Iterator[tuple[str, Tensor]]:
     "Each tensor of one safetensors file."
     try:
@@ -99,7 +100,8 @@ def _read_pickled(path:Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")        # of sparse and quantized tensors, which are refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)      # the format since PyTorch 1.6: tensors are read when they are needed
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise ValueError(f"{path} cannot be read safely: it is damaged, or it holds whole Python objects, which would have to be unpickled; "
                          "save model.state_dict() instead") from error

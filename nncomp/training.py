@@ -413,15 +413,14 @@ def _logger(log_dir, run, plan) -> Iterator[Callable]:
     with contextlib.closing(writer):
         yield lambda record: [writer.add_scalar(key, value, record["epoch"]) for key, value in record.items() if key != "epoch"]
 
-# %% ../nbs/03_training.ipynb #a49a2770
+# %% ../nbs/03_training.ipynb #bed21223
 def _prepare(model, data, settings, callbacks, loss, augment, device):
     "Model and data on the device, optimizer, batches."
     world, device = _world(device)
     model.to(device)
     if world.num_processes > 1: _agree([*model.parameters(), *model.buffers()], "first")
     data = data.to(device)
-    alone = len(data.train) > settings.batch_size and len(data.train) % settings.batch_size == 1   # batch normalisation needs two
-    batches = data.batches("train", settings.batch_size, augment=augment, seed=settings.seed, drop_last=alone)
+    batches = data.batches("train", settings.batch_size, augment=augment, seed=settings.seed)
     if not len(batches): raise ValueError(f"the training split of {data.name!r} is empty")
     optimizer = _OPTIMIZERS[settings.optimizer]([p for p in model.parameters() if p.requires_grad], settings)
     run = Run(model, optimizer, data, device, len(batches), settings.epochs * len(batches))
