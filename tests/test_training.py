@@ -64,7 +64,7 @@ def test_factors_lie_in_the_unit_interval(schedule, total):
     if schedule == "one-cycle":
         top = factors.index(max(factors))
         assert factors[:top] == sorted(factors[:top]) and factors[top:] == sorted(factors[top:], reverse=True)
-        assert max(factors) > 0.9
+        assert max(factors) > 0.8  # the peak can fall between two steps of a run of four
     else:
         assert factors == sorted(factors, reverse=True) and factors[0] == 1
 
