@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
+from toys import toy_data, toy_net
 
 from nncomp.core import named_weights, seed_everything
-from nncomp.data import Data, Split
 from nncomp.pruning import (
     MaskCallback,
     apply_masks_,
@@ -195,18 +195,6 @@ def test_bad_input_is_named():
 
 
 # --- masks on models ---
-
-
-def toy_data(seed=0, n=96):
-    g = torch.Generator().manual_seed(seed)
-    parts = [Split(torch.randn(k, 1, 4, 4, generator=g), torch.randint(0, 3, (k,), generator=g)) for k in (n, 32, 32)]
-    return Data("toy", *parts, 3)
-
-
-def toy_net(seed=0):
-    seed_everything(seed)
-    convolution = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
-    return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def toy_masks(net, sparsity=0.7):

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from toys import toy_data, toy_net
 
-from nncomp.core import named_weights, seed_everything
-from nncomp.data import Data, Split
+from nncomp.core import named_weights
 from nncomp.pruning import MaskCallback, magnitude_mask
 from nncomp.schedules import (
     Pruner,
@@ -25,18 +25,6 @@ from nncomp.training import Callback, evaluate, fit
 
 fractions = st.floats(0, 1, allow_nan=False)
 targets = st.floats(0, 0.999, allow_nan=False)
-
-
-def toy_data(seed=0, n=96):
-    g = torch.Generator().manual_seed(seed)
-    parts = [Split(torch.randn(k, 1, 4, 4, generator=g), torch.randint(0, 3, (k,), generator=g)) for k in (n, 32, 32)]
-    return Data("toy", *parts, 3)
-
-
-def toy_net(seed=0):
-    seed_everything(seed)
-    convolution = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
-    return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
 def train(net, callbacks, **options):
