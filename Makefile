@@ -32,7 +32,7 @@ help:
 	touch $@
 
 demo: .venv/.installed $(if $(BUNDLE),.data/.unpacked)
-	$(BIN)/nncomp demo $(ARGS)
+	$(BIN)/nncomp demo --force $(ARGS)
 
 test: .venv/.installed $(if $(BUNDLE),.data/.unpacked)
 	$(BIN)/python -m pytest $(ARGS)
