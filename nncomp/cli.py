@@ -334,7 +334,7 @@ def verify(
     if not rows: raise ValueError(f"no file in {models_root(root)} was evaluated on {dataset}")
     return rows
 
-# %% ../nbs/90_cli.ipynb #563f59f7
+# %% ../nbs/90_cli.ipynb #4ca082ec
 def _table(rows:list[dict]) -> str:
     "Rows of one shape as aligned text, the first column to the left."
     if not rows: return ""
@@ -354,8 +354,12 @@ def _demo(args) -> int:
     for output in (Path(args.out), Path(args.out).with_suffix(".html")): check_output(output, force=args.force)
     _check_device(args.device)
     with tempfile.TemporaryDirectory() as scratch:
-        result, report = demo(args.data, args.model, seed=args.seed, output=args.out, folder=args.folder or scratch,
-                              device=args.device, progress=not args.json)
+        try:
+            result, report = demo(args.data, args.model, seed=args.seed, output=args.out, folder=args.folder or scratch,
+                                  device=args.device, progress=not args.json)
+        except KeyboardInterrupt:
+            how = "run the same command again to go on" if args.folder else "with --folder DIR a run can be taken up again"
+            raise KeyboardInterrupt(f"({how})") from None
     if args.json: print(json.dumps(result))
     else: print(_table(stage_rows(result)), report.ledger, summary_line(result), f"report: {result['report']}", sep="\n\n")
     return 0

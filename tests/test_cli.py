@@ -143,6 +143,23 @@ def test_interrupted_run_leaves_nothing(tmp_path, kill):
     assert [p.name for p in tmp_path.iterdir()] == ["big.pt"]
 
 
+def test_interrupted_demo_is_taken_up_again(tmp_path):
+    whole = nncomp("demo", "--json", "-o", "whole.nncomp", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "runs").mkdir()
+    args = [COMMAND, "demo", "--json", "--folder", "runs", "-o", "cut.nncomp"]
+    run = subprocess.Popen(args, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while run.poll() is None and not (tmp_path / "runs" / "dense-epochs.pt").exists():
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode == 130 and "run the same command again to go on" in error
+    assert not list(tmp_path.glob("cut*")) and not list(tmp_path.glob(".*.part"))
+    again = nncomp(*args[1:], cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "cut.nncomp").read_bytes() == (tmp_path / "whole.nncomp").read_bytes()
+
+
 def test_demo_prints_one_object(tmp_path):
     done = nncomp("demo", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

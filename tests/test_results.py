@@ -1,4 +1,5 @@
 """Results: ids that last, runs that resume, records that cannot drift, and no orphan in the repository."""
+import ast
 import dataclasses
 import json
 import math
@@ -35,12 +36,12 @@ from nncomp.results import (
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+discover()  # before any test: a module registers its experiments when it is first imported
 
 
 # ---- the repository itself
 
 def test_repository_has_no_orphan_and_every_number_has_its_run():
-    discover()
     assert check_results(REPOSITORY) == []
 
 
@@ -403,3 +404,22 @@ def test_text_in_a_row_must_agree():
     records = [Record("a", "b", k, {}, {"name": n}, None, {}, "", 1, "", 0.0, "") for k, n in enumerate("xy")]
     with pytest.raises(ValueError, match="must agree"):
         table({"a": records}, {"name": "name"})
+
+
+def record_tables():
+    "Every saved table cell of the book that reads records: (notebook, source, saved HTML)."
+    for path in sorted((REPOSITORY / "nbs").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code" and "label: tbl-" in source and re.search(r"\btable\(", source) and '"classic-' in source:
+                html = ["".join(o["data"]["text/html"]) for o in cell["outputs"] if "text/html" in o.get("data", {})]
+                yield pytest.param(source, html, id=f"{path.stem}-{re.search('tbl-[a-z-]+', source)[0]}")
+
+
+@pytest.mark.parametrize("source, html", list(record_tables()))
+def test_tables_in_the_book_are_those_of_the_records(source, html):
+    names = {name: getattr(results, name) for name in ("Published", "load_records", "show_table", "table")}
+    *before, last = ast.parse(source).body
+    exec(compile(ast.Module(before, []), "cell", "exec"), names)
+    shown = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+    assert html == [shown._repr_html_()]
