@@ -56,7 +56,7 @@ def predict_bytes(
 # %% ../nbs/40_deep_compression.ipynb #0167ae3a
 _CHOICES = {"scope": ("global", "layer"), "init": ("optimal", "linear", "density", "forgy", "k-means++"), "coder": ("best", "huffman", "raw")}
 
-# %% ../nbs/40_deep_compression.ipynb #aa36435b
+# %% ../nbs/40_deep_compression.ipynb #f6b9fc44
 @dataclass(frozen=True)
 class Recipe:
     "What each stage does, and for how long."
@@ -71,7 +71,7 @@ class Recipe:
     share_epochs:int = 3        # epochs of training the shared values
     share_lr:float = 2e-4       # peak learning rate of these
     batch_size:int = 128        # images a step, in both
-    weight_decay:float = 0.     # of the optimizer, in both (the L2 penalty of Han et al. 2016, §3.1), at least 0
+    weight_decay:float = 0.     # of the optimizer, in both (the L2 penalty of Han et al. 2015, *Learning both Weights and Connections*), at least 0
     coder:str = "huffman"       # "huffman" = Han's chain; "best" = whatever is smallest
 
     def __post_init__(self):

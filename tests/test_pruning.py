@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
-from toys import toy_data, toy_net
+from toys import Stop, toy_data, toy_net
 
 from nncomp.core import named_weights, seed_everything
 from nncomp.pruning import (
@@ -278,14 +278,6 @@ def test_callback_survives_copy_and_save():
     callback = MaskCallback(masks)
     masks["0.weight"].fill_(False)  # the callback has masks of its own
     assert callback.masks["0.weight"].any()
-
-
-class Stop(Callback):
-    "Interrupt the run in the middle of an epoch; -1 = never."
-    def __init__(self, epoch): self.epoch = epoch
-    def after_step(self, run):
-        if run.epoch == self.epoch and run.step % run.steps_per_epoch == 3:
-            raise KeyboardInterrupt
 
 
 def test_resume_is_the_same_run(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import toy_data, toy_net
+from toys import Stop, toy_data, toy_net
 
 from nncomp.core import named_weights
 from nncomp.pruning import MaskCallback, magnitude_mask
@@ -123,14 +123,6 @@ def test_targets_by_name_leave_the_rest_alone():
     assert set(pruner.masks) == {"4.weight", "4.bias"}
     assert int((net[4].weight == 0).sum()) == round(0.9 * 512) and int((net[4].bias == 0).sum()) == 4
     assert (net[0].weight != 0).all() and (net[6].weight != 0).all()
-
-
-class Stop(Callback):
-    "Interrupt the run in the middle of an epoch; -1 = never."
-    def __init__(self, epoch): self.epoch = epoch
-    def after_step(self, run):
-        if run.epoch == self.epoch and run.step % run.steps_per_epoch == 3:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("epoch", [1, 3])

@@ -4,6 +4,7 @@ from torch import nn
 
 from nncomp.core import seed_everything
 from nncomp.data import Data, Split
+from nncomp.training import Callback
 
 
 def toy_data(seed=0, n=96):
@@ -18,3 +19,11 @@ def toy_net(seed=0):
     seed_everything(seed)
     convolution = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
     return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+class Stop(Callback):
+    "Interrupt the run in the middle of an epoch; -1 = never."
+    def __init__(self, epoch): self.epoch = epoch
+    def after_step(self, run):
+        if run.epoch == self.epoch and run.step % run.steps_per_epoch == 3:
+            raise KeyboardInterrupt
