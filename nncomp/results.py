@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['config_id', 'Experiment', 'experiment', 'discover', 'find_experiment', 'results_root', 'models_root', 'Record',
-           'read_record', 'reproduce', 'shipped', 'load_records', 'check_results', 'mean_sd', 'paired_interval',
-           'Published', 'table', 'show_table']
+           'read_record', 'reproduce', 'shipped', 'load_records', 'Benchmark', 'load_benchmark', 'benchmark_table',
+           'check_results', 'mean_sd', 'paired_interval', 'Published', 'table', 'show_table']
 
 # %% ../nbs/06_results.ipynb #96bf14a3
 import dataclasses
@@ -87,7 +87,7 @@ def _config_class(run:Callable) -> type:
         raise ValueError(f"{run.__name__} must be run(config, seed, folder) with a frozen dataclass as annotation of config")
     return found
 
-# %% ../nbs/06_results.ipynb #e1d1be54
+# %% ../nbs/06_results.ipynb #e9e032e5
 def experiment(
     name:str,                       # lower-case letters, digits, "-" and "."
     *,
@@ -95,8 +95,8 @@ def experiment(
     configs:Sequence|None=None,     # configurations to run; None = the one with all defaults
 ) -> Callable:                      # a decorator that registers the function and returns it unchanged
     "Register `run(config, seed, folder) -> metrics` under `name`; another function of that name is a `ValueError`."
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
-        raise ValueError(f"an experiment's name is made of a-z, 0-9, '-' and '.', got {name!r}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == "benchmarks":
+        raise ValueError(f"an experiment's name is made of a-z, 0-9, '-' and '.', and not 'benchmarks', got {name!r}")
     def register(run):
         config_class = _config_class(run)
         found = Experiment(name, run, config_class, (config_class(),) if configs is None else tuple(configs), artefact)
@@ -362,7 +362,78 @@ def load_records(
         raise ValueError(f"{pair[1]} does not have the SHA-256 that {pair[0].experiment}/{pair[0].id}/seed-{pair[0].seed} records")
     return records
 
-# %% ../nbs/06_results.ipynb #ad801442
+# %% ../nbs/06_results.ipynb #4771b389
+@dataclass(frozen=True)
+class Benchmark:
+    "One run of a script in `benchmarks/`, as read from `results/benchmarks/<script>.json`."
+    benchmark: str       # the script's name
+    rows: list           # of dicts, one for each case: texts and finite numbers, or None where something was not measured
+    about: dict          # what else the script says of the run: settings, units, what was left out
+    commit: str | None   # as in `Record`
+    versions: dict       # of everything that took part, the rivals too
+    device: str          # name of the processor, or of the GPU that was measured
+    cores: int           # that the process could use
+    threads: int         # that each side was allowed
+    platform: str        # operating system and architecture
+    date: str            # UTC day
+
+    def line(self) -> str:
+        "Where and with what it was measured, in one line."
+        versions = ", ".join(f"{k} {v}" for k, v in self.versions.items())
+        threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.device}, {self.cores} cores, {threads}; {versions}; {self.date}"
+
+# %% ../nbs/06_results.ipynb #4a53270a
+def load_benchmark(
+    name:str,                        # the script's name: "huffman" for benchmarks/huffman.py
+    root:str|os.PathLike|None=None,  # as for `results_root`
+) -> Benchmark:
+    "The record of a benchmark; one that is absent or damaged is a `ValueError`."
+    path = results_root(root) / "benchmarks" / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"there is no record of the benchmark {name!r}; in a clone of the repository run: python benchmarks/{name}.py --record")
+    try:
+        data = path.read_bytes()
+        if len(data) > _LIMIT: raise ValueError(f"{len(data)} bytes, more than {_LIMIT}")
+        found = Benchmark(**json.loads(data))
+        if found.benchmark != name: raise ValueError(f"it belongs to {found.benchmark!r}")
+        if not found.rows or not all(isinstance(row, dict) for row in found.rows): raise ValueError("its rows are not a list of dictionaries")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a valid benchmark: {error}") from error
+    return found
+
+# %% ../nbs/06_results.ipynb #1cd6a406
+def _number(value, digits:int|None) -> str:
+    "A cell of a benchmark's table: three significant digits or `digits` decimals, – for None, text as it is."
+    if value is None or isinstance(value, str): return "–" if value is None else value
+    if digits is None: digits = 0 if isinstance(value, int) or not value else max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+# %% ../nbs/06_results.ipynb #341211d5
+def benchmark_table(
+    name:str,                            # as for `load_benchmark`
+    columns:Mapping,                     # header -> key of the rows, or a function of a row
+    *,
+    where:Callable|None=None,            # row -> whether to show it; None = all rows
+    digits:Mapping[str, int]|None=None,  # header -> decimal places
+    root:str|os.PathLike|None=None,      # as for `results_root`
+) -> "pandas.DataFrame":                 # of text
+    "A table of a benchmark's record; a key that no row has is a `ValueError`."
+    rows, lines = [row for row in load_benchmark(name, root).rows if where is None or where(row)], []
+    for header, column in columns.items():
+        if isinstance(column, str) and not any(column in row for row in rows): raise ValueError(f"no row of {name} has {column!r}")
+    for row in rows:
+        values = {h: row.get(c) if isinstance(c, str) else c(row) for h, c in columns.items()}
+        lines.append({h: _number(v, (digits or {}).get(h)) for h, v in values.items()})
+    return require("pandas").DataFrame(lines)
+
+# %% ../nbs/06_results.ipynb #ef1e34dc
+def _check_benchmark(path:Path, base:Path) -> None:
+    "Raise `ValueError` unless `path` is the record of a script that is there."
+    if path.suffix != ".json" or not (base / "benchmarks" / f"{path.stem}.py").is_file(): raise ValueError(f"{path}: no script in benchmarks/ belongs to it")
+    load_benchmark(path.stem, base)
+
+# %% ../nbs/06_results.ipynb #a746da70
 def check_results(
     root:str|os.PathLike|None=None,  # as for `results_root`
 ) -> list[str]:                      # one line per problem; empty = all is well
@@ -370,7 +441,9 @@ def check_results(
     base, problems, names, claimed = _base(root), [], set(), set()
     ignored = {".gitkeep", "README.md"}
     for path in sorted(p for p in (base / "results").rglob("*") if p.is_file() and p.name not in ignored):
-        try: names.add(read_record(path).experiment)
+        try:
+            if path.parent == base / "results" / "benchmarks": _check_benchmark(path, base)
+            else: names.add(read_record(path).experiment)
         except ValueError as error: problems.append(str(error))
     for name in sorted(names):
         try: pair = shipped(name, root)

@@ -1,6 +1,7 @@
 """Results: ids that last, runs that resume, records that cannot drift, and no orphan in the repository."""
 import ast
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,11 +20,13 @@ from nncomp import results
 from nncomp.results import (
     Published,
     Record,
+    benchmark_table,
     check_results,
     config_id,
     discover,
     experiment,
     find_experiment,
+    load_benchmark,
     load_records,
     mean_sd,
     models_root,
@@ -53,6 +57,20 @@ def test_repository_records_are_small_and_named_by_registered_experiments():
     for path in (REPOSITORY / "models").glob("*.nncomp"):
         pair = shipped(path.stem, REPOSITORY)
         assert pair and pair[1] == path and pair[0].artefact_bytes == path.stat().st_size, path
+
+
+BENCHMARKS = sorted((REPOSITORY / "results" / "benchmarks").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
+def test_every_benchmark_of_the_repository_is_whole_and_shown(path):
+    found = load_benchmark(path.stem, REPOSITORY)
+    assert found.threads >= 1 and found.cores >= 1 and found.device
+    assert {"python", "nncomp", "numpy", "numba", "torch"} <= set(found.versions)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", found.date)
+    book = [json.loads(p.read_text(encoding="utf-8"))["cells"] for p in (REPOSITORY / "nbs").glob("*.ipynb")]
+    code = "".join("".join(cell["source"]) for cells in book for cell in cells)
+    assert re.search(rf'(benchmark_table|load_benchmark)\(\s*"{re.escape(path.stem)}"', code), f"no chapter shows {path.name}"
 
 
 # ---- ids
@@ -321,7 +339,7 @@ def test_registration_errors():
             experiment("test-x")(run)
     with pytest.raises(ValueError, match="already registered"):
         experiment("test-job")(_impostor)
-    for name in ("", "A", "../up", "a b", ".hidden", "a/b"):
+    for name in ("", "A", "../up", "a b", ".hidden", "a/b", "benchmarks"):
         with pytest.raises(ValueError, match="name is made of"):
             experiment(name)
     with pytest.raises(ValueError, match="needs configs"):
@@ -406,19 +424,96 @@ def test_text_in_a_row_must_agree():
         table({"a": records}, {"name": "name"})
 
 
+# ---- benchmarks
+
+@pytest.fixture
+def records(monkeypatch):
+    "The helper of the benchmark scripts."
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("records")
+
+
+def test_a_benchmark_is_written_read_and_shown(records, tree):
+    (tree / "benchmarks").mkdir()
+    (tree / "benchmarks" / "toy.py").touch()
+    rows = [{"case": "a", "ratio": 1 / 3, "bits": np.int64(7), "gone": float("nan")},
+            {"case": "b", "ratio": np.float32(2), "bits": 12345, "extra": [1, 2]}]
+    path = records.write("toy", rows, packages=["pandas"], versions={"rival": "1.0"}, threads=2, root=tree, repeats=9)
+    assert path == tree / "results" / "benchmarks" / "toy.json" and path.read_text().endswith("}\n") and not list(path.parent.glob(".*"))
+    found = load_benchmark("toy", tree)
+    assert found.rows == [{"case": "a", "ratio": 0.333333, "bits": 7, "gone": None},
+                          {"case": "b", "ratio": 2.0, "bits": 12345, "extra": [1, 2]}]
+    assert found.threads == 2 and found.about == {"repeats": 9} and {"rival", "pandas", "numba", "torch", "nncomp"} <= set(found.versions)
+    assert "2 threads" in found.line() and "rival 1.0" in found.line() and found.device in found.line() and found.date in found.line()
+    assert check_results(tree) == []
+    pytest.importorskip("pandas")
+    columns = {"case": "case", "r": "ratio", "bits": "bits", "gone": "gone", "x": lambda r: "yes"}
+    frame = benchmark_table("toy", columns, digits={"r": 2}, root=tree)
+    assert frame.values.tolist() == [["a", "0.33", "7", "–", "yes"], ["b", "2.00", "12,345", "–", "yes"]]
+    assert benchmark_table("toy", {"r": "ratio"}, where=lambda r: r["case"] == "b", root=tree).values.tolist() == [["2.00"]]
+    with pytest.raises(ValueError, match="no row of toy has 'speed'"):
+        benchmark_table("toy", {"r": "speed"}, root=tree)
+    for bad in ([], [{"text": "x" * 10_000}]):
+        with pytest.raises(ValueError):
+            records.write("toy", bad, root=tree)
+    assert load_benchmark("toy", tree) == found  # a refused record leaves the old one
+
+
+@pytest.mark.parametrize("value, text", [(0, "0"), (0.0, "0"), (7, "7"), (17_000_000, "17,000,000"), (1234.5, "1,234"),
+                                         (12.345, "12.3"), (0.98765, "0.988"), (0.0012345, "0.00123"), (-1.5, "-1.50"),
+                                         (None, "–"), ("x", "x")])
+def test_numbers_of_a_benchmark(value, text):
+    assert results._number(value, None) == text
+
+
+def test_benchmarks_that_are_wrong_are_found(records, tree):
+    for name in ("toy", "other"):
+        (tree / "benchmarks").mkdir(exist_ok=True)
+        (tree / "benchmarks" / f"{name}.py").touch()
+    path = records.write("toy", [{"a": 1}], root=tree)
+    good = path.read_text()
+    data = json.loads(good)
+    changes = [{"rows": []}, {"rows": [1]}, {"rows": None}, {"colour": 1}, {"benchmark": "other"}]
+    short = {k: v for k, v in data.items() if k != "device"}
+    for bad in ("", "[]", "{", "[" * 5000, good + " " * 10_000, json.dumps(short), *(json.dumps(data | change) for change in changes)):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match="not a valid benchmark"):
+            load_benchmark("toy", tree)
+        assert len(check_results(tree)) == 1
+    path.write_text(good)
+    for stray in ("gone.json", "toy.txt", "folder/toy.json"):
+        other = path.parent / stray
+        other.parent.mkdir(exist_ok=True)
+        other.write_text(good)
+        assert len(check_results(tree)) == 1, stray
+        other.unlink()
+    with pytest.raises(ValueError, match="python benchmarks/nothing.py --record"):
+        load_benchmark("nothing", tree)
+
+
+def test_rivals_live_elsewhere(records, tmp_path, monkeypatch):
+    monkeypatch.setenv("NNCOMP_BENCH", str(tmp_path))
+    assert records.rival_python("huffman") is None
+    (tmp_path / "bench-huffman" / "bin").mkdir(parents=True)
+    (tmp_path / "bench-huffman" / "bin" / "python").touch()
+    assert records.rival_python("huffman") == tmp_path / "bench-huffman" / "bin" / "python"
+
+
 def record_tables():
     "Every saved table cell of the book that reads records: (notebook, source, saved HTML)."
     for path in sorted((REPOSITORY / "nbs").glob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
-            if cell["cell_type"] == "code" and "label: tbl-" in source and re.search(r"\btable\(", source) and '"classic-' in source:
+            reads = re.search(r"\btable\(", source) and '"classic-' in source or "benchmark_table(" in source
+            if cell["cell_type"] == "code" and "label: tbl-" in source and reads:
                 html = ["".join(o["data"]["text/html"]) for o in cell["outputs"] if "text/html" in o.get("data", {})]
                 yield pytest.param(source, html, id=f"{path.stem}-{re.search('tbl-[a-z-]+', source)[0]}")
 
 
 @pytest.mark.parametrize("source, html", list(record_tables()))
 def test_tables_in_the_book_are_those_of_the_records(source, html):
-    names = {name: getattr(results, name) for name in ("Published", "load_records", "show_table", "table")}
+    known = ("Published", "benchmark_table", "load_benchmark", "load_records", "show_table", "table")
+    names = {name: getattr(results, name) for name in known}
     *before, last = ast.parse(source).body
     exec(compile(ast.Module(before, []), "cell", "exec"), names)
     shown = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
