@@ -45,7 +45,23 @@ def entropy_bits(
     p = c[c > 0] / max(c.sum(), np.finfo(float).tiny)
     return float(-(p * np.log2(p)).sum()) + 0.0
 
-# %% ../nbs/30_entropy.ipynb #2b77a09c
+# %% ../nbs/30_entropy.ipynb #9eb164f5
+_PIECE = 1 << 20  # values that are packed or unpacked at a time: whole groups of eight
+
+
+def _pack_groups(values:np.ndarray, width:int) -> bytes:
+    "`pack_bits` for up to `_PIECE` values."
+    groups = np.zeros((-(-values.size // 8), 8), np.uint64)    # eight values fill `width` whole bytes
+    groups.reshape(-1)[:values.size] = values
+    out = np.zeros((len(groups), width), np.uint8)
+    for j in range(8):
+        first, shift = divmod(j * width, 8)
+        shifted = groups[:, j] << np.uint64(shift)
+        for b in range(first, -(-(j + 1) * width // 8)):
+            out[:, b] |= (shifted >> np.uint64(8 * (b - first))).astype(np.uint8)
+    return out.tobytes()[:-(-values.size * width // 8)]
+
+# %% ../nbs/30_entropy.ipynb #f76251b9
 def pack_bits(
     values:np.ndarray|Tensor,  # (n,) or any shape (taken flat), integers in 0…2**width - 1
     width:int,                 # bits per value, in 1…32
@@ -54,17 +70,23 @@ def pack_bits(
     check_int(width, 1, 32, "width")
     flat = _integers(values, "values")
     if flat.size and int(flat.max()) >> width: raise ValueError(f"values must fit {width} bits, got {flat.max()}")
-    groups = np.zeros((-(-flat.size // 8), 8), np.uint64)      # eight values fill `width` whole bytes
-    groups.reshape(-1)[:flat.size] = flat
-    out = np.zeros((len(groups), width), np.uint8)
+    if width in (8, 16, 32): return flat.astype(f"<u{width // 8}").tobytes()
+    return b"".join(_pack_groups(flat[i:i + _PIECE], width) for i in range(0, flat.size, _PIECE))
+
+# %% ../nbs/30_entropy.ipynb #e35b5cae
+def _unpack_groups(data:np.ndarray, width:int, out:np.ndarray) -> None:
+    "Fill `out` with up to `_PIECE` values from the bytes `data`."
+    packed = np.zeros((-(-out.size // 8), width), np.uint8)
+    packed.reshape(-1)[:data.size] = data
+    groups = np.zeros((len(packed), 8), np.uint32)
     for j in range(8):
         first, shift = divmod(j * width, 8)
-        shifted = groups[:, j] << np.uint64(shift)
         for b in range(first, -(-(j + 1) * width // 8)):
-            out[:, b] |= (shifted >> np.uint64(8 * (b - first))).astype(np.uint8)
-    return out.tobytes()[:-(-flat.size * width // 8)]
+            part = packed[:, b].astype(np.uint64) << np.uint64(8 * (b - first))
+            groups[:, j] |= (part >> np.uint64(shift)).astype(np.uint32) & np.uint32(2**width - 1)
+    out[:] = groups.reshape(-1)[:out.size]
 
-# %% ../nbs/30_entropy.ipynb #c3bb6fd4
+# %% ../nbs/30_entropy.ipynb #38820450
 def unpack_bits(
     data:bytes,  # exactly ceil(n * width / 8) bytes
     width:int,   # bits per value, in 1…32
@@ -76,15 +98,11 @@ def unpack_bits(
     size = -(-n * width // 8)
     if len(data) != size: raise BitstreamError(f"{n} values of {width} bits need {size} bytes, got {len(data)}")
     if n * width % 8 and data[-1] >> n * width % 8: raise BitstreamError("the padding after the last value is not zero")
-    packed = np.zeros((-(-n // 8), width), np.uint8)
-    packed.reshape(-1)[:size] = np.frombuffer(data, np.uint8)
-    out = np.zeros((len(packed), 8), np.uint32)
-    for j in range(8):
-        first, shift = divmod(j * width, 8)
-        for b in range(first, -(-(j + 1) * width // 8)):
-            part = packed[:, b].astype(np.uint64) << np.uint64(8 * (b - first))
-            out[:, j] |= (part >> np.uint64(shift)).astype(np.uint32) & np.uint32(2**width - 1)
-    return out.reshape(-1)[:n]
+    packed, out = np.frombuffer(data, np.uint8), np.empty(n, np.uint32)
+    if width in (8, 16, 32): out[:] = packed.view(f"<u{width // 8}")
+    else:
+        for i in range(0, n, _PIECE): _unpack_groups(packed[i // 8 * width:(i + _PIECE) // 8 * width], width, out[i:i + _PIECE])
+    return out
 
 # %% ../nbs/30_entropy.ipynb #31a4e233
 def write_varint(
