@@ -35,8 +35,8 @@ def inertia(
     gap = (values.double() - codebook.double()[assignments])**2
     return float((gap if weights is None else gap * _tensor(weights, "weights").to(gap.device)).sum())
 
-# %% ../nbs/20_kmeans.ipynb #0a19ef75
-@njit(cache=True)
+# %% ../nbs/20_kmeans.ipynb #efa79c27
+@njit(cache=True, error_model="numpy")
 def _two_sum(a, b):
     "The rounded sum of two floats and its rounding error, exactly (Knuth)."
     s = a + b
@@ -44,7 +44,7 @@ def _two_sum(a, b):
     return s, (a - (s - t)) + (b - t)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _two_prod(a, b):
     "The rounded product of two floats and its rounding error, exactly (Dekker 1971, §5)."
     p = a * b
@@ -55,52 +55,92 @@ def _two_prod(a, b):
     a2, b2 = a - a1, b - b1
     return p, a2 * b2 - (((p - a1 * b1) - a2 * b1) - a1 * b2)
 
-# %% ../nbs/20_kmeans.ipynb #07189ce5
-@njit(cache=True)
+# %% ../nbs/20_kmeans.ipynb #3187e103
+@njit(cache=True, error_model="numpy")
 def _moments(points, mass):
-    "Running sums of `mass`, `mass * points`, `mass * points**2`: (m + 1, 3), and the digits the last two lost: (m + 1, 2)."
-    sums, lost = np.zeros((len(points) + 1, 3)), np.zeros((len(points) + 1, 2), np.float32)
-    s = q = s_lost = q_lost = 0.
+    "Running sums of `mass`, `mass * points`, `mass * points**2`, and what the last two lost to rounding: (5, m + 1)."
+    sums = np.zeros((5, len(points) + 1))
+    w = s = q = s_lost = q_lost = 0.
     for i in range(len(points)):
         a, a_lost = _two_prod(mass[i], points[i])
         b, b_lost = _two_prod(a, points[i])
+        w += mass[i]
         s, e = _two_sum(s, a)
-        s, s_lost = _two_sum(s, s_lost + e + a_lost)
+        s_lost += e + a_lost
         q, e = _two_sum(q, b)
-        q, q_lost = _two_sum(q, q_lost + e + b_lost + a_lost * points[i])
-        sums[i + 1, 0], sums[i + 1, 1], sums[i + 1, 2] = sums[i, 0] + mass[i], s, q
-        lost[i + 1, 0], lost[i + 1, 1] = s_lost, q_lost
-    return sums, lost
+        q_lost += e + b_lost + a_lost * points[i]
+        sums[0, i + 1], sums[1, i + 1], sums[2, i + 1], sums[3, i + 1], sums[4, i + 1] = w, s, q, s_lost, q_lost
+    return sums
 
 
-@njit(cache=True)
-def _cost(sums, lost, i, j):
-    "Inertia of the points i…j-1 about their mean (@eq-kmeans-interval)."
-    w = sums[j, 0] - sums[i, 0]
-    s, s_lost = _two_sum(sums[j, 1], -sums[i, 1])
-    q, q_lost = _two_sum(sums[j, 2], -sums[i, 2])
-    s_lost += lost[j, 0] - lost[i, 0]
-    q_lost += lost[j, 1] - lost[i, 1]
-    wq, e = _two_prod(w, q)
-    ss, f = _two_prod(s, s)
-    return max(0., ((wq - ss) + (e - f + w * q_lost - 2 * s * s_lost)) / w)
+@njit(cache=True, error_model="numpy")
+def _costs(sums, low, high, j, out):
+    "Into `out`: inertia about their mean of the points i…j-1, for each i in low…high-1 (@eq-kmeans-interval)."
+    wi, si, qi, si_lost, qi_lost = sums[0, low:high], sums[1, low:high], sums[2, low:high], sums[3, low:high], sums[4, low:high]
+    wj, sj, qj, sj_lost, qj_lost = sums[0, j], sums[1, j], sums[2, j], sums[3, j], sums[4, j]
+    for i in range(high - low):
+        w = wj - wi[i]
+        s, s_lost = _two_sum(sj, -si[i])
+        q, q_lost = _two_sum(qj, -qi[i])
+        s_lost += sj_lost - si_lost[i]
+        q_lost += qj_lost - qi_lost[i]
+        wq, e = _two_prod(w, q)
+        ss, f = _two_prod(s, s)
+        out[i] = max(0., ((wq - ss) + (e - f + w * q_lost - 2 * s * s_lost)) / w)
+
+# %% ../nbs/20_kmeans.ipynb #2a2a3690
+@njit(cache=True, error_model="numpy")
+def _summary(points, mass, ends):
+    "Mass, mean and inertia of each interval with the given ends 0, …, m; an empty one has the mean NaN."
+    out = np.zeros((3, len(ends) - 1))
+    for r in range(len(ends) - 1):
+        w = s = rest = square = 0.
+        for i in range(ends[r], ends[r + 1]): w, s = w + mass[i], s + mass[i] * points[i]
+        for i in range(ends[r], ends[r + 1]):
+            gap = points[i] - s / w
+            rest, square = rest + mass[i] * gap, square + mass[i] * gap * gap
+        out[0, r], out[1, r] = w, s / w + rest / w
+        if w > 0: out[2, r] = max(0., square - rest * rest / w)
+    return out
+
+# %% ../nbs/20_kmeans.ipynb #886849ac
+_CELL = 64  # points from one running sum to the next
 
 
-@njit(cache=True)
-def _path_cost(sums, lost, ends):
-    "Inertia of a partition into intervals with the given ends 0, …, m."
-    total = 0.
-    for i in range(len(ends) - 1): total += _cost(sums, lost, ends[i], ends[i + 1])
-    return total
+@njit(cache=True, error_model="numpy")
+def _count_upto(points, cut, guess):
+    "How many sorted points are ≤ `cut`: steps of doubling length from a guess, then bisection."
+    low, high, step = guess, guess, 1
+    while low > 0 and points[low - 1] > cut: high, low, step = low - 1, max(0, low - step), 2 * step
+    while high < len(points) and points[high] <= cut: low, high, step = high + 1, min(len(points), high + step), 2 * step
+    while low < high:
+        mid = (low + high) // 2
+        if points[mid] <= cut: low = mid + 1
+        else: high = mid
+    return low
 
 
-def _means(sums, lost, ends):
-    "Mean of each interval; NaN where it is empty."
-    i, j = ends[:-1], ends[1:]
-    w, s = sums[j, 0] - sums[i, 0], (sums[j, 1] - sums[i, 1]) + (lost[j, 0] - lost[i, 0])
-    return np.divide(s, w, out=np.full(len(w), np.nan), where=w > 0)
+@njit(cache=True, error_model="numpy")
+def _rounds(points, mass, sums, centroids, ends, rounds):
+    "Up to `rounds` rounds of Lloyd's iteration in place. True: at rest, or a centroid serves nobody and keeps its place."
+    for _ in range(rounds):
+        w = s = 0.
+        rest = True
+        for j in range(len(centroids)):
+            last_w, last_s, c = w, s, ends[j + 1] // _CELL
+            w, s = sums[0, c], sums[1, c]
+            for i in range(c * _CELL, ends[j + 1]): w, s = w + mass[i], s + mass[i] * points[i]
+            if ends[j + 1] > ends[j]: centroids[j] = (s - last_s) / (w - last_w)
+            else: rest = False
+        if not rest: return True
+        for j in range(1, len(centroids)):
+            end = _count_upto(points, (centroids[j - 1] + centroids[j]) / 2, ends[j])
+            rest &= end == ends[j]
+            ends[j] = end
+        if rest: return True
+    return False
 
-# %% ../nbs/20_kmeans.ipynb #f317efb8
+# %% ../nbs/20_kmeans.ipynb #6b7bcf09
 def _reseat(points, ends, centroids, empty):
     "Move centroids that serve nobody to the interval edges farthest from their own centroid."
     edges = np.concatenate([ends[:-1][~empty], ends[1:][~empty] - 1])
@@ -111,19 +151,25 @@ def _reseat(points, ends, centroids, empty):
     return np.sort(centroids)
 
 
-def _lloyd(points, sums, lost, centroids):
+def _ends(points, centroids):
+    "The ends 0, …, m of the intervals that ascending centroids serve."
+    return np.concatenate([[0], np.searchsorted(points, (centroids[1:] + centroids[:-1]) / 2, side="right"), [len(points)]])
+
+
+def _lloyd(points, mass, centroids):
     "Interval ends after Lloyd's iteration from ascending `centroids`; one without members moves to the worst-served point."
-    last = None
-    for _ in range(10_000):
-        ends = np.concatenate([[0], np.searchsorted(points, (centroids[1:] + centroids[:-1]) / 2, side="right"), [len(points)]])
-        if np.array_equal(ends, last): break
-        means, last = _means(sums, lost, ends), ends
-        empty = np.isnan(means)
-        if empty.any(): means, last = _reseat(points, ends, np.where(empty, centroids, means), empty), None
-        centroids = means
+    cells = _summary(points, mass, np.append(np.arange(0, len(points), _CELL), len(points)))
+    sums = np.cumsum([np.append(0., cells[0]), np.append(0., cells[0] * cells[1])], axis=1)
+    centroids, ends = centroids.copy(), _ends(points, centroids)
+    for _ in range(1000):                               # a hundred rounds at a time: between them, Python can be interrupted
+        if not _rounds(points, mass, sums, centroids, ends, 100): continue
+        empty = np.diff(ends) == 0
+        if not empty.any(): break
+        centroids = _reseat(points, ends, centroids, empty)
+        ends = _ends(points, centroids)
     return np.unique(ends)
 
-# %% ../nbs/20_kmeans.ipynb #152ffd2f
+# %% ../nbs/20_kmeans.ipynb #02bd19b6
 def _spread_out(index, m):
     "The nearest strictly increasing positions in 0…m-1 to ascending `index`."
     step = np.arange(len(index))
@@ -131,20 +177,52 @@ def _spread_out(index, m):
     return np.minimum(index, m - len(index) + step)
 
 
-@njit(cache=True)
-def _plus_plus(points, mass, draws):
-    "Positions of k-means++ starts: each drawn by mass × squared distance to the nearest so far; `draws` in [0, 1)."
-    weight, near, chosen = mass.copy(), np.full(len(points), np.inf), np.zeros(len(draws), np.int64)
+@njit(cache=True, error_model="numpy")
+def _take(points, mass, weight, totals, size, c):
+    "Make point `c` a centroid: lower the `weight` (mass × squared distance to the nearest) around it, and `totals` with it."
+    weight[c], touched = 0., np.full(2, c)
+    for side in range(2):
+        i = c + 2 * side - 1
+        while 0 <= i < len(points) and mass[i] * (points[i] - points[c])**2 < weight[i]:
+            weight[i] = mass[i] * (points[i] - points[c])**2
+            touched[side], i = i, i + 2 * side - 1
+    for b in range(touched[0] // size, touched[1] // size + 1): totals[b] = weight[b * size:(b + 1) * size].sum()
+
+
+@njit(cache=True, error_model="numpy")
+def _draw_far(points, mass, weight, totals, size, draws):
+    "One centroid per draw in [0, 1): the point at which the running sum of `weight` passes that share of its total."
+    chosen = np.zeros(len(draws), np.int64)
     for t in range(len(draws)):
-        target = draws[t] * weight.sum()
-        for i in range(len(points)):                    # the point at which the running sum passes the target
+        target, b = draws[t] * totals.sum(), 0
+        while b < len(totals) - 1 and (target >= totals[b] or totals[b] == 0): target, b = target - totals[b], b + 1
+        while b > 0 and totals[b] == 0: b -= 1          # rounding walked past the last point
+        for i in range(b * size, min((b + 1) * size, len(points))):
             if weight[i] > 0: chosen[t] = i
             target -= weight[i]
             if target < 0: break
-        for i in range(len(points)):
-            near[i] = min(near[i], (points[i] - points[chosen[t]])**2)
-            weight[i] = mass[i] * near[i]
+        _take(points, mass, weight, totals, size, chosen[t])
     return chosen
+
+# %% ../nbs/20_kmeans.ipynb #23c407fe
+def _plus_plus(points, mass, draws):
+    "Positions of k-means++ starts, one per draw in [0, 1), by mass × squared distance to the nearest so far."
+    weight, size = np.cumsum(mass), int(np.ceil(len(points)**0.5))
+    first = min(np.searchsorted(weight, draws[0] * weight[-1], side="right"), len(points) - 1)
+    np.subtract(points, points[first], out=weight)
+    weight *= weight
+    weight *= mass
+    totals = np.add.reduceat(weight, np.arange(0, len(points), size))
+    pieces = [draws[1:][i:i + 1024] for i in range(0, len(draws) - 1, 1024)]  # between them, Python can be interrupted
+    return np.concatenate([[first], *(_draw_far(points, mass, weight, totals, size, piece) for piece in pieces)])
+
+
+def _forgy(mass, k, draws):
+    "Ascending positions of k draws without replacement, by mass; one number in [0, 1) for each position."
+    race = np.negative(draws, out=draws)
+    np.log1p(race, out=race)
+    race /= -mass                                       # exponential clocks: the first k to ring are the draw
+    return np.sort(np.argpartition(race, k - 1)[:k])
 
 
 def _start(points, mass, k, init, generator):
@@ -156,25 +234,50 @@ def _start(points, mass, k, init, generator):
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     n = k if init == "k-means++" else len(points)
     draws = torch.rand(n, generator=generator, device=generator.device, dtype=torch.float64).cpu().numpy()
-    if init == "k-means++": return points[_spread_out(np.sort(_plus_plus(points, mass, draws)), len(points))]
-    race = -np.log1p(-draws) / mass                     # exponential clocks: the first k to ring are a draw without replacement
-    return points[np.sort(np.argpartition(race, k - 1)[:k])]
+    if init == "forgy": return points[_forgy(mass, k, draws)]
+    return points[_spread_out(np.sort(_plus_plus(points, mass, draws)), len(points))]
 
-# %% ../nbs/20_kmeans.ipynb #f3db3197
-@njit(cache=True)
-def _first_win(sums, lost, best, i, j, t):
-    "The first end after `t` at which a last interval from `j` is no worse than one from `i < j`; one past the last if none."
-    end, step = len(sums), 1
-    while t + step < end and best[j] + _cost(sums, lost, j, t + step) > best[i] + _cost(sums, lost, i, t + step):
-        t, step = t + step, 2 * step
-    high = min(t + step, end)
-    while high - t > 1:
-        mid = (t + high) // 2
-        if best[j] + _cost(sums, lost, j, mid) > best[i] + _cost(sums, lost, i, mid): t = mid
-        else: high = mid
-    return high
+# %% ../nbs/20_kmeans.ipynb #54dd30ee
+@njit(cache=True, error_model="numpy")
+def _best_start(sums, best, low, high, j, total):
+    "The start in low…high-1 from which a last interval up to `j` is cheapest, and the total with it; `total` is working space."
+    _costs(sums, low, high, j, total)
+    before = best[low:high]
+    for i in range(high - low): total[i] += before[i]
+    at = 0
+    for i in range(1, high - low):
+        if total[i] <= total[at]: at = i
+    return low + at, total[at]
 
 
+@njit(cache=True, error_model="numpy")
+def _fill(sums, best, parent, done, last, price, total):
+    "Best starts among 0…`done` for the ends done + 1…`last`: the last end first, then the middle of what is left."
+    step = 1
+    while step < last - done: step *= 2
+    parent[last], best[last] = _best_start(sums, best, parent[done], done + 1, last, total)
+    best[last] += price
+    while step > 1:
+        for j in range(done + step // 2, last, step):
+            low, high = parent[j - step // 2], parent[min(j + step // 2, last)]
+            parent[j], best[j] = _best_start(sums, best, low, high + 1, j, total)
+            best[j] += price
+        step //= 2
+
+
+@njit(cache=True, error_model="numpy")
+def _extend(sums, best, parent, done, price):
+    "Extend cheapest paths from the ends up to `done` to all others, block by block."
+    total, width = np.empty(len(best)), 1
+    while done < len(best) - 1:
+        last = min(done + width, len(best) - 1)
+        _fill(sums, best, parent, done, last, price, total)
+        if last - done > 1 and _best_start(sums, best, done + 1, last, last, total)[1] + price <= best[last]:
+            width = (last - done) // 2                  # a start inside the block wins: the block is too long
+        else:
+            done, width = last, max(1, (last - parent[last]) // 4)
+
+# %% ../nbs/20_kmeans.ipynb #b631ba14
 @njit(cache=True)
 def _trace(parent):
     "The interval ends on the way back from the last point, ascending."
@@ -185,29 +288,21 @@ def _trace(parent):
     return ends
 
 
-@njit(cache=True)
-def _cheapest_path(sums, lost, price):
+def _cheapest_path(points, mass, price):
     "Interval ends 0, …, m that minimise inertia + `price` × number of intervals."
-    m = len(sums) - 1
+    m, done = len(points), 0
     best, parent = np.zeros(m + 1), np.zeros(m + 1, np.int32)
-    queue, since = np.zeros(m + 1, np.int32), np.ones(m + 1, np.int32)
-    head = tail = 0                                     # candidates queue[head…tail]; queue[h] leads from end since[h] on
-    for j in range(1, m + 1):
-        while head < tail and since[head + 1] <= j: head += 1
-        parent[j] = queue[head]
-        best[j] = best[queue[head]] + _cost(sums, lost, queue[head], j) + price
-        t = max(since[tail], j + 1)
-        while t <= m and best[j] + _cost(sums, lost, j, t) <= best[queue[tail]] + _cost(sums, lost, queue[tail], t):
-            tail -= 1                                   # `j` leads over the whole reign of the last candidate
-            if tail < head: break
-            t = max(since[tail], j + 1)
-        t = _first_win(sums, lost, best, queue[tail], j, t) if tail >= head else j + 1
-        if t <= m:
-            tail += 1
-            queue[tail], since[tail] = j, t
+    while done < m:
+        first = int(parent[done])                       # no later end starts before this
+        last = min(m, done + max(1 << 16, done - first))
+        local = parent[first:last + 1]
+        local -= first
+        _extend(_moments(points[first:last], mass[first:last]), best[first:last + 1], local, done - first, price)
+        local += first
+        done = last
     return _trace(parent)
 
-# %% ../nbs/20_kmeans.ipynb #6c7e6fd8
+# %% ../nbs/20_kmeans.ipynb #ba095ea7
 def _splice(fewer, more, k):
     "A path of k intervals from one with fewer and one with more; their costs lie on one straight line, and so does its."
     shift = k - (len(fewer) - 1)
@@ -215,11 +310,11 @@ def _splice(fewer, more, k):
     return np.concatenate([more[:s + shift + 1], fewer[s + 1:]])
 
 
-def _search(sums, lost, k, price):
+def _search(points, mass, k, price):
     "The best partition into k intervals, and a price per interval at which it is a cheapest path."
-    fewer, more, low, high, chord = np.array([0, len(sums) - 1]), np.arange(len(sums), dtype=np.int32), 0., np.inf, False
+    fewer, more, low, high, chord = np.array([0, len(points)]), range(len(points) + 1), 0., np.inf, False
     for step in range(200):
-        path = _cheapest_path(sums, lost, price)
+        path = _cheapest_path(points, mass, price)
         count = len(path) - 1
         if count == k: return path, price
         if len(fewer) - 1 < count < k: fewer = path
@@ -228,23 +323,62 @@ def _search(sums, lost, k, price):
         low, high = (low, price) if count < k else (price, high)
         price = price * (count / k)**3                  # inertia falls about as 1 / k**2, its slope as 1 / k**3
         chord = step > 12 or not low < price < high or len(more) - len(fewer) <= 8
-        if chord: price = (_path_cost(sums, lost, fewer) - _path_cost(sums, lost, more)) / (len(more) - len(fewer))
-    return _splice(fewer, more, k), price
+        if chord: price = (_path_cost(points, mass, fewer) - _path_cost(points, mass, more)) / (len(more) - len(fewer))
+    return _splice(fewer, np.asarray(more), k), price
 
 
-def _optimal(sums, lost, k):
+def _path_cost(points, mass, ends):
+    "Inertia of a partition into intervals with the given ends 0, …, m."
+    return _summary(points, mass, np.asarray(ends))[2].sum()
+
+
+def _edges(points, cells):
+    "Ends 0, …, m of cells of neighbouring points: half of them equal in number of points, half in length."
+    values = np.linspace(points[0], points[-1], cells // 2)
+    ranks = np.linspace(0, len(points), cells // 2).astype(np.int64)
+    return np.unique(np.concatenate([ranks, np.searchsorted(points, values)]))
+
+
+def _optimal(points, mass, k):
     "Interval ends of the k clusters with the least inertia, 1 ≤ k < m."
-    m = len(sums) - 1
-    coarse = np.append(np.arange(0, m, max(1, m // max(16384, 8 * k))), m)
-    _, price = _search(sums[coarse], lost[coarse], k, 2 * _cost(sums, lost, 0, m) / k**3)
-    path, price = _search(sums, lost, k, price)
-    least = _path_cost(sums, lost, path)
+    m, cells = len(points), max(16384, 8 * k)
+    price = 2 * _path_cost(points, mass, [0, m]) / k**3
+    while m // cells > 1:
+        weights, means, _ = _summary(points, mass, _edges(points, cells))
+        price, cells = _search(means, weights, k, price)[1], 8 * cells
+    path, price = _search(points, mass, k, price)
+    least = _path_cost(points, mass, path)
     if price > 100 * least > 0:                         # a price that drowns the inertia: lower it, keep the count
-        again = _cheapest_path(sums, lost, least)
-        if len(again) == len(path) and _path_cost(sums, lost, again) < least: return again
+        again = _cheapest_path(points, mass, least)
+        if len(again) == len(path) and _path_cost(points, mass, again) < least: return again
     return path
 
-# %% ../nbs/20_kmeans.ipynb #35ad876d
+# %% ../nbs/20_kmeans.ipynb #5aa35ae3
+@njit(cache=True)
+def _deal(keys, spare, counts, shift):
+    "Deal `keys` into `spare` by the 11 bits from `shift` on, keeping the order among equals; `counts` of each pile are known."
+    at = np.cumsum(counts) - counts
+    for i in range(len(keys)):
+        pile = (keys[i] >> np.uint32(shift)) & np.uint32(2047)
+        spare[at[pile]] = keys[i]
+        at[pile] += 1
+
+
+@njit(cache=True)
+def _sorted_bits(bits):
+    "Bit patterns of float32 numbers in the order of the numbers, minus zero before zero."
+    n, sign, ones = len(bits), np.uint32(0x80000000), np.uint32(0xFFFFFFFF)
+    keys, spare, counts = np.empty(n, np.uint32), np.empty(n, np.uint32), np.zeros((3, 2048), np.int64)
+    for i in range(n):
+        keys[i] = bits[i] ^ (ones if bits[i] & sign else sign)
+        for r in range(3): counts[r, (keys[i] >> np.uint32(11 * r)) & np.uint32(2047)] += 1
+    for r in range(3):
+        _deal(keys, spare, counts[r], 11 * r)
+        keys, spare = spare, keys
+    for i in range(n): keys[i] ^= sign if keys[i] & sign else ones
+    return keys
+
+
 @njit(cache=True)
 def _runs(ordered):
     "Distinct values of a sorted array and how often each occurs."
@@ -258,10 +392,10 @@ def _runs(ordered):
         mass[r] += 1
     return points, mass
 
-
+# %% ../nbs/20_kmeans.ipynb #dc2ece84
 def _patterns(flat):
     "16-bit values as the integers 0…65,535, a bounded piece at a time."
-    return (piece.view(torch.int16).long() & 0xFFFF for piece in flat.split(1 << 22))
+    return (piece.view(torch.int16).long() & 0xFFFF for piece in flat.split(1 << 20))
 
 
 def _histogram(flat, weights):
@@ -269,7 +403,7 @@ def _histogram(flat, weights):
     count = sum(torch.bincount(p, minlength=65536) for p in _patterns(flat)).cpu().numpy()
     mass = count.astype(np.float64)
     if weights is not None:
-        mass = sum(torch.bincount(p, w, 65536) for p, w in zip(_patterns(flat), weights.split(1 << 22))).cpu().numpy()
+        mass = sum(torch.bincount(p, w, 65536) for p, w in zip(_patterns(flat), weights.split(1 << 20))).cpu().numpy()
     table = torch.arange(65536).to(torch.int16).view(flat.dtype).double().numpy()
     points, where = np.unique(table[count > 0], return_inverse=True)
     return points, np.bincount(where, mass[count > 0])
@@ -281,50 +415,59 @@ def _distinct(flat, weights):
     elif weights is not None:
         points, where = (t.cpu().numpy() for t in torch.unique(flat + 0., return_inverse=True))
         mass = np.bincount(where, weights.cpu().numpy())
-    elif flat.device.type == "cpu": points, mass = _runs(np.sort(flat.numpy()))
-    else: points, mass = (t.cpu().numpy() for t in torch.unique(flat + 0., return_counts=True))
-    return points.astype(np.float64) + 0., mass.astype(np.float64)  # + 0. turns minus zero into zero
+    elif flat.device.type != "cpu": points, mass = (t.cpu().numpy() for t in torch.unique(flat + 0., return_counts=True))
+    elif flat.dtype == torch.float32: points, mass = _runs(_sorted_bits(flat.numpy().view(np.uint32)).view(np.float32))
+    else: points, mass = _runs(np.sort(flat.numpy()))
+    points, mass = points.astype(np.float64, copy=False), mass.astype(np.float64, copy=False)
+    points += 0.                                        # turns minus zero into zero
+    return points, mass
 
-# %% ../nbs/20_kmeans.ipynb #5b8c621c
+# %% ../nbs/20_kmeans.ipynb #b89da1e6
 @njit(cache=True)
 def _nearest_index(flat, cuts):
-    "For each value the number of `cuts` below it."
-    found = np.empty(len(flat), np.int64)
-    for i in range(len(flat)):
-        low, n = 0, len(cuts)
-        while n > 0:
-            half = n // 2
-            if cuts[low + half] < flat[i]: low, n = low + half + 1, n - half - 1
-            else: n = half
-        found[i] = low
+    "For each value the number of ascending `cuts` below it."
+    half, piece = 1, np.empty(1024)
+    while half <= len(cuts): half *= 2
+    padded, found = np.full(half, np.inf), np.empty(len(flat), np.int64)
+    padded[:len(cuts)] = cuts
+    for start in range(0, len(flat), len(piece)):
+        n = min(len(piece), len(flat) - start)
+        part, step = found[start:start + n], half // 2
+        for i in range(n): piece[i], part[i] = flat[start + i], 0
+        while step:
+            for i in range(n): part[i] += step * (padded[part[i] + step - 1] < piece[i])
+            step //= 2
     return found
 
 
 def _nearest(flat, codebook):
     "Index of the nearest entry of an ascending float64 codebook for each value; a tie goes to the smaller."
     cuts = codebook[:-1] / 2 + codebook[1:] / 2
-    if flat.element_size() == 2:
+    half = flat.element_size() == 2
+    if not half and flat.device.type == "cpu": return torch.from_numpy(_nearest_index(flat.numpy(), cuts))
+    if half:
         table = torch.arange(65536).to(torch.int16).view(flat.dtype).double().nan_to_num().numpy()
         table = torch.from_numpy(_nearest_index(table, cuts)).to(flat.device)
-        return torch.cat([table[p] for p in _patterns(flat)])
-    if flat.device.type == "cpu": return torch.from_numpy(_nearest_index(flat.numpy(), cuts))
-    return torch.bucketize(flat.double(), torch.from_numpy(cuts).to(flat.device))
+    cuts, found = torch.from_numpy(cuts).to(flat.device), torch.empty(len(flat), dtype=torch.int64, device=flat.device)
+    pieces = _patterns(flat) if half else flat.split(1 << 20)
+    for piece, out in zip(pieces, found.split(1 << 20)): out.copy_(table[piece] if half else torch.bucketize(piece.double(), cuts))
+    return found
 
 
-def _centroids(points, mass, k, init, generator):
-    "At most k ascending float64 centroids of distinct ascending `points`."
+def _centroids_(points, mass, k, init, generator):
+    "At most k ascending float64 centroids of distinct ascending `points`, which are moved and scaled in place."
     if k < 1 and len(points): raise ValueError("keep_zero needs k of at least 2 where other values stand beside zero, got 1")
     if not mass.all() and mass.any(): points, mass = points[mass > 0], mass[mass > 0]
-    if k >= len(points) or not mass.any(): return points[:k]
+    if k >= len(points) or not mass.any(): return points[:k].copy()
     origin = min(max(points[0], 0.), points[-1])
-    exponent = np.frexp(np.abs(points - origin).max())[1]
-    points = np.ldexp(points - origin, -exponent)       # into [-1, 1], by a power of two
-    sums, lost = _moments(points, mass)
-    if init == "optimal": ends = _optimal(sums, lost, k)
-    else: ends = _lloyd(points, sums, lost, _start(points, mass, k, init, generator))
-    return origin + np.ldexp(_means(sums, lost, ends), exponent)
+    points -= origin
+    exponent = np.frexp(max(-points[0], points[-1]))[1]
+    np.ldexp(points, -exponent, out=points)             # into [-1, 1], by a power of two
+    if init == "optimal": ends = _optimal(points, mass, k)
+    else: ends = _lloyd(points, mass, _start(points, mass, k, init, generator))
+    return origin + np.ldexp(_summary(points, mass, ends)[1], exponent)
 
-# %% ../nbs/20_kmeans.ipynb #9ca3d860
+# %% ../nbs/20_kmeans.ipynb #8f0d317a
 _STARTS = ("optimal", "linear", "density", "forgy", "k-means++")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -347,10 +490,10 @@ def _importance(weights, flat):
     return weights
 
 
-def _rounded(codebook, points, dtype, zero):
-    "The codebook as `dtype` stores it; where `zero` has an entry of its own, no other is zero."
+def _rounded(codebook, beside, dtype, zero):
+    "The codebook as `dtype` stores it; where `zero` has an entry of its own, none else is zero: the value nearest `beside` it steps in."
     stored = torch.from_numpy(codebook).to(dtype).double().numpy()
-    if zero and not stored.all(): stored[stored == 0] = points[np.abs(points).argmin()]
+    if zero and not stored.all(): stored[stored == 0] = beside[np.abs(beside).argmin()]
     return stored
 
 
@@ -359,7 +502,7 @@ def _insert_zero(codebook, found, flat):
     at = int(np.searchsorted(codebook, 0.))
     return np.insert(codebook, at, 0.), torch.where(flat == 0, at, found + (found >= at))
 
-# %% ../nbs/20_kmeans.ipynb #3502cae5
+# %% ../nbs/20_kmeans.ipynb #79dd0008
 def kmeans_1d(
     values:Tensor|np.ndarray,      # (...), float16, bfloat16, float32 or float64; finite, not empty
     k:int,                         # most entries of the codebook, at least 1
@@ -375,9 +518,11 @@ def kmeans_1d(
     if init not in _STARTS: raise ValueError(f"init must be one of {', '.join(_STARTS)}, got {init!r}")
     flat = _flat(values, "values")
     points, mass = _distinct(flat, _importance(weights, flat))
-    zero = bool(keep_zero and (points == 0).any())
-    if zero: points, mass = points[points != 0], mass[points != 0]
-    codebook = _rounded(_centroids(points, mass, k - zero, init, generator), points, flat.dtype, zero)
+    at = int(np.searchsorted(points, 0.))
+    zero = bool(keep_zero and at < len(points) and points[at] == 0)
+    if zero: points, mass = np.delete(points, at), np.delete(mass, at)
+    beside = points[max(0, at - 1):at + 1].copy()       # the values nearest to zero
+    codebook = _rounded(_centroids_(points, mass, k - zero, init, generator), beside, flat.dtype, zero)
     found = _nearest(flat, codebook)
     if zero: codebook, found = _insert_zero(codebook, found, flat)
     codebook, found = torch.from_numpy(codebook).to(flat.device, flat.dtype), found.reshape(np.shape(values))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
+from nncomp import kmeans
 from nncomp.kmeans import inertia, kmeans_1d
 
 INITS = ("optimal", "linear", "density", "forgy", "k-means++")
@@ -102,6 +103,119 @@ def test_larger_optimum_by_dynamic_programming():
         assert inertia(x, *kmeans_1d(x, k)) == pytest.approx(best[-1], rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_larger_optimum_equals_kmeans1d(kind):
+    rival = pytest.importorskip("kmeans1d")
+    x = sample(kind, 3000, np.random.default_rng(1))
+    for k in (2, 17, 90):
+        k = min(k, len(np.unique(x)))
+        _, labels = np.unique(rival.cluster(x, k).clusters, return_inverse=True)
+        means = np.array([np.mean(x[labels == j] - x[labels == j][0]) + x[labels == j][0] for j in range(labels.max() + 1)])
+        theirs, ours = inertia(x, means, labels), inertia(x, *kmeans_1d(x, k))
+        resolution = np.spacing(np.abs(x).max()) ** 2 * len(x)
+        assert ours <= theirs * (1 + 1e-9) + resolution
+        if kind not in ("peaks", "offset"):      # there its running sums cancel, and ours is the better one
+            assert ours == pytest.approx(theirs, rel=1e-9, abs=resolution)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(1, 300), st.floats(0, 4), st.integers(0, 2**31))
+def test_cheapest_path_equals_quadratic_programme(kind, n, power, seed):
+    "At any price, and whatever the length of blocks and segments."
+    x = np.unique(sample(kind, n, np.random.default_rng(seed)))
+    x = (x - x[0]) / max(1e-300, np.abs(x - x[0]).max())
+    mass = np.random.default_rng(seed).integers(1, 50, len(x)).astype(float)
+    sums, out, price = kmeans._moments(x, mass), np.empty(len(x)), 10.0 ** -(2 * power)
+    best = np.zeros(len(x) + 1)
+    for j in range(1, len(x) + 1):
+        kmeans._costs(sums, 0, j, j, out)
+        best[j] = (best[:j] + out[:j]).min() + price
+    ends = kmeans._cheapest_path(x, mass, price)
+    assert ends[0] == 0 and ends[-1] == len(x) and (np.diff(ends) > 0).all()
+    assert kmeans._path_cost(x, mass, ends) + price * (len(ends) - 1) == pytest.approx(best[-1], rel=1e-10)
+
+
+def test_segments_join():
+    "A sweep over several segments of 65,536 points, with intervals shorter and longer than a segment, beats every shift of a cut."
+    x = np.unique(np.random.default_rng(0).normal(size=200_000))
+    ones = np.ones(len(x))
+    for k in (2, 3, 40):
+        ends = kmeans._optimal(x, ones, k)
+        least = kmeans._path_cost(x, ones, ends)
+        assert len(ends) == k + 1
+        for j in range(1, k):
+            for shift in (-1000, -30, -1, 1, 30, 1000):
+                other = ends.copy()
+                other[j] += shift
+                assert kmeans._path_cost(x, ones, other) >= least * (1 - 1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60))
+def test_dealing_sorts_every_float32(values):
+    x = np.array(values, np.float32)
+    found = kmeans._sorted_bits(x.view(np.uint32)).view(np.float32)
+    assert np.array_equal(found, np.sort(x)) and np.array_equal(np.sort(np.signbit(found)), np.sort(np.signbit(x)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=200),
+       st.lists(st.floats(-100, 100, width=32), max_size=40, unique=True))
+def test_nearest_index_is_a_search(values, cuts):
+    for dtype in (np.float32, np.float64):
+        x, c = np.array(values, dtype), np.sort(np.array(cuts))
+        assert np.array_equal(kmeans._nearest_index(x, c), np.searchsorted(c, x))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(2, 120), st.integers(0, 2**31))
+def test_plus_plus_draws_as_the_textbook_does(kind, n, seed):
+    rng = np.random.default_rng(seed)
+    x = np.unique(sample(kind, n, rng))
+    mass, draws = rng.integers(1, 9, len(x)).astype(float), rng.random(rng.integers(1, len(x) + 1))
+    weight, near, chosen = mass.copy(), np.full(len(x), np.inf), []
+    for draw in draws:
+        running = np.cumsum(weight)
+        at = np.searchsorted(running, draw * running[-1], side="right")
+        if abs(running - draw * running[-1]).min() <= 1e-9 * running[-1]:
+            return                                                # too close to call for sums in another order
+        chosen.append(at)
+        near = np.minimum(near, (x - x[at]) ** 2)
+        weight = mass * near
+    assert np.array_equal(kmeans._plus_plus(x, mass, draws), chosen)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=60), st.integers(2, 12), st.sampled_from(INITS), st.sampled_from(DTYPES),
+       st.floats(0, 1))
+def test_keep_zero_keeps_the_sparsity(values, k, init, dtype, share):
+    x = torch.tensor(values, dtype=torch.float64).to(dtype)
+    x = x.masked_fill(torch.rand(len(x), generator=torch.Generator().manual_seed(len(values))) < share, 0)
+    codebook, assignments = kmeans_1d(x, k, init=init, keep_zero=True)
+    shared = codebook[assignments]
+    assert int((shared == 0).sum()) == int((x == 0).sum()) and torch.equal(shared == 0, x == 0) and len(codebook) <= k
+    assert (x == 0).any() == (codebook == 0).any() and not torch.signbit(codebook[codebook == 0]).any()
+
+
+def test_long_searches_can_be_interrupted(monkeypatch):
+    "The compiled loops return to Python often enough: an exception in the middle of the work stops it."
+    calls = {}
+    x = np.random.default_rng(0).normal(size=300_000)
+    for name, init, k in (("_draw_far", "k-means++", 5000), ("_extend", "optimal", 9), ("_rounds", "linear", 60)):
+        real = getattr(kmeans, name)
+
+        def stop(*args, name=name, real=real):
+            calls[name] = calls.get(name, 0) + 1
+            if calls[name] == 3:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kmeans, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                kmeans_1d(x, k, init=init)
+
+
 def test_coarse_price_search_is_still_exact():
     "More points than the coarse level holds, ties included: all neighbours of the found partition cost at least as much."
     for x in (np.random.default_rng(0).normal(size=100_000), np.arange(50_000.0)):
@@ -176,6 +290,10 @@ def test_arrays_and_tensors_of_any_layout():
     ({"values": torch.empty(0)}, "at least one value"),
     ({"values": torch.arange(4)}, "float16, bfloat16, float32 or float64, got torch.int64"),
     ({"values": np.array([True, False])}, "got torch.bool"),
+    ({"values": np.empty((0, 3), np.float32)}, "at least one value, got shape (0, 3)"),
+    ({"values": torch.tensor([1.0, float("-inf")]).half()}, "values holds 1 NaN or infinite value of 2"),
+    ({"values": torch.zeros(3, dtype=torch.uint8)}, "got torch.uint8"),
+    ({"k": -3}, "at least 1, got -3"),
     ({"values": np.array([1 + 2j])}, "got complex128"),
     ({"values": np.array(["a"])}, "got <U1"),
     ({"values": np.array([1.0, np.nan, np.inf])}, "values holds 2 NaN or infinite values of 3"),
