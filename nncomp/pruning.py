@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['drop_lowest', 'magnitude_mask', 'drop_lowest_global', 'global_magnitude_masks', 'threshold_mask',
-           'std_threshold_mask', 'random_mask', 'n_m_mask', 'apply_masks_', 'MaskCallback']
+           'std_threshold_mask', 'std_threshold_masks', 'threshold_masks', 'random_mask', 'n_m_mask',
+           'first_order_scores', 'apply_masks_', 'MaskCallback', 'finalize_pruning', 'to_csr', 'from_csr', 'csr_bytes']
 
-# %% ../nbs/10_pruning.ipynb #ac06b69a
+# %% ../nbs/10_pruning.ipynb #1ba769a2
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
 
-from .core import check_finite, check_fraction, check_int
+from .core import check_finite, check_fraction, check_int, evaluating, named_weights
 from .training import Callback, Run
 
 # %% ../nbs/10_pruning.ipynb #cc1d6702
@@ -59,14 +62,20 @@ def magnitude_mask(
     check_finite(weight, name)
     return drop_lowest(weight.detach().abs(), round(sparsity * weight.numel()))
 
-# %% ../nbs/10_pruning.ipynb #6ef2ec7b
+# %% ../nbs/10_pruning.ipynb #abfb95c1
 def _protect(scores: Tensor, floor: float) -> Tensor:
     "`scores` with the largest ceil(floor · n) raised to infinity; what was dropped before (-inf) is never raised."
     keep = math.ceil(floor * scores.numel() - 1e-9)          # 0.07 · 100 is a hair above 7 in floating point
     safe = drop_lowest(scores, scores.numel() - keep) & (scores > -math.inf)
     return scores.detach().masked_fill(safe, math.inf)
 
-# %% ../nbs/10_pruning.ipynb #d6204103
+
+def _some(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    "`weights`, or ValueError where there is nothing in them to prune."
+    if sum(w.numel() for w in weights.values()): return weights
+    raise ValueError("there is nothing to prune: no floating tensor of rank two or more with entries")
+
+# %% ../nbs/10_pruning.ipynb #7dcef2d2
 def drop_lowest_global(
     scores:Mapping[str,Tensor],  # name -> scores, floating, any shapes; larger = keep; -inf = dropped before
     n_drop:int,                  # how many entries to drop in all, in 0…n
@@ -75,7 +84,7 @@ def drop_lowest_global(
 ) -> dict[str,Tensor]:           # name -> bool mask, True = keep
     "Masks that together drop exactly the `n_drop` lowest `scores`; of equal ones the first in the dict's order, then by index."
     check_fraction(floor, "floor")
-    total = check_int(sum(s.numel() for s in scores.values()), 1, name="the number of scores")
+    total = sum(s.numel() for s in _some(scores).values())
     raised = [_protect(s, floor).flatten() for s in scores.values()]
     wide = torch.float64 if any(s.dtype == torch.float64 for s in raised) else torch.float32
     flat = torch.cat([s.to(raised[0].device, wide) for s in raised])
@@ -123,6 +132,40 @@ def std_threshold_mask(
     sigma = float(_wide(check_finite(weight, name)).std(correction=0)) if weight.numel() else 0.0
     return threshold_mask(weight, quality * sigma, name=name)
 
+# %% ../nbs/10_pruning.ipynb #a697eaef
+def _owned(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    "The floating parameters of those names; one ValueError lists those that `model` does not have."
+    owned = dict(model.named_parameters(remove_duplicate=False))
+    wrong = [name for name in names if name not in owned]
+    if wrong: raise ValueError(f"not a parameter of the model: {', '.join(wrong)}; it has {', '.join(owned) or 'none'}")
+    return _some({name: owned[name] for name in names})
+
+
+def _alive(name: str, mask: Tensor, rule: str) -> Tensor:
+    "`mask`, or ValueError where it leaves nothing of a weight tensor."
+    if mask.ndim < 2 or not mask.numel() or mask.any(): return mask
+    raise ValueError(f"{rule} removes all {mask.numel()} entries of {name}, and no signal passes any more; ask for less of it, or leave it out")
+
+# %% ../nbs/10_pruning.ipynb #22558ba8
+def std_threshold_masks(
+    model:nn.Module,                    # read only
+    quality:float|Mapping[str,float],   # threshold in σ of each tensor, above 0: of every weight tensor, or by parameter name
+) -> dict[str,Tensor]:                  # parameter name -> bool mask, True = keep
+    "Masks at quality · σ, each tensor with a σ of its own (Han et al. 2015, sec. 4; @eq-pruning-quality)."
+    by_name = quality if isinstance(quality, Mapping) else dict.fromkeys(named_weights(model), quality)
+    owned = _owned(model, by_name)
+    return {name: _alive(name, std_threshold_mask(owned[name], q, name=name), f"quality {q}") for name, q in by_name.items()}
+
+
+def threshold_masks(
+    model:nn.Module,                    # read only
+    threshold:float|Mapping[str,float], # in the weights' units, at least 0: of every weight tensor, or by parameter name
+) -> dict[str,Tensor]:                  # parameter name -> bool mask, True = keep
+    "Masks that keep magnitudes of at least a fixed `threshold`."
+    by_name = threshold if isinstance(threshold, Mapping) else dict.fromkeys(named_weights(model), threshold)
+    owned = _owned(model, by_name)
+    return {name: _alive(name, threshold_mask(owned[name], h, name=name), f"threshold {h}") for name, h in by_name.items()}
+
 # %% ../nbs/10_pruning.ipynb #7a1b0a62
 def random_mask(
     weight:Tensor,                   # (...), any type; only its shape and device are used
@@ -153,7 +196,27 @@ def n_m_mask(
     order = groups.argsort(dim=-1, stable=True)[..., :m - n]
     return torch.ones_like(groups, dtype=torch.bool).scatter(-1, order, False).reshape(last.shape).movedim(-1, dim)
 
-# %% ../nbs/10_pruning.ipynb #5699c532
+# %% ../nbs/10_pruning.ipynb #445f9a37
+def first_order_scores(
+    model:nn.Module,  # gives logits; in evaluation mode meanwhile; its gradients are left alone
+    batches:Iterable[tuple[Tensor,Tensor]],  # images (n, c, h, w) with labels (n,), such as `data.batches()`
+    *,
+    loss:Callable=F.cross_entropy,  # called as loss(logits, labels), returns a scalar
+) -> dict[str,Tensor]:              # weight name -> scores of its shape, at least 0; larger = keep
+    "First-order saliency |w · ∂L/∂w|, averaged over batches (@eq-pruning-first), for `drop_lowest` and `drop_lowest_global`."
+    weights = _some({name: w for name, w in named_weights(model).items() if w.requires_grad})
+    scores, count = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}, 0
+    with evaluating(model), torch.enable_grad():
+        for xb, yb in batches:
+            device = next(iter(weights.values())).device
+            grads = torch.autograd.grad(loss(model(xb.to(device)), yb.to(device)), list(weights.values()), allow_unused=True)
+            for (name, w), g in zip(weights.items(), grads):
+                if g is not None: scores[name] += (w.detach() * g).abs()
+            count += 1
+    if not count: raise ValueError("there are no batches to take gradients on")
+    return {name: check_finite(s / count, f"the score of {name}") for name, s in scores.items()}
+
+# %% ../nbs/10_pruning.ipynb #73db0c76
 def _fitting(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     "The parameters that `masks` name; one ValueError lists every mask that does not fit `model`."
     owned = dict(model.named_parameters(remove_duplicate=False))
@@ -163,6 +226,7 @@ def _fitting(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Para
         elif mask.shape != owned[name].shape: wrong.append(f"{name} has shape {tuple(owned[name].shape)}, its mask {tuple(mask.shape)}")
         elif mask.dtype != torch.bool: wrong.append(f"the mask of {name} must be bool, got {mask.dtype}")
     if wrong: raise ValueError(f"masks do not fit the model: {'; '.join(wrong)}")
+    for name, mask in masks.items(): _alive(name, mask, "the mask")
     return {name: owned[name] for name in masks}
 
 # %% ../nbs/10_pruning.ipynb #a7c00ac7
@@ -174,39 +238,113 @@ def apply_masks_(
     with torch.no_grad():
         for name, p in _fitting(model, masks).items(): p.masked_fill_(~masks[name].to(p.device), 0.0)
 
-# %% ../nbs/10_pruning.ipynb #b7c28214
+# %% ../nbs/10_pruning.ipynb #09952d72
+def _agreed(masks: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    "The masks of process 0 in every process."
+    if not (distributed.is_available() and distributed.is_initialized()): return dict(masks)
+    sent = {name: mask.to(model.get_parameter(name).device, torch.uint8) for name, mask in masks.items()}
+    for t in sent.values(): distributed.broadcast(t, 0)
+    return {name: t.bool() for name, t in sent.items()}
+
+# %% ../nbs/10_pruning.ipynb #ad802097
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_bits(mask: Tensor, like: Tensor) -> Tensor:
+    "Integers as wide as the entries of `like`: all bits one where the mask keeps, all zero where it drops."
+    return mask.to(like.device, _INTEGERS[like.element_size()]).neg_()
+
+
+def _clear_(values: Tensor, bits: Tensor) -> None:
+    "Turn dropped entries into +0.0, whatever they were."
+    values.view(bits.dtype).bitwise_and_(bits)
+
+# %% ../nbs/10_pruning.ipynb #60ff7ccc
 class MaskCallback(Callback):
     "Keep the weights dropped by `masks` at exactly 0.0 while `fit` trains the others, through checkpoint and resume."
     def __init__(
         self,
         masks:Mapping[str,Tensor],  # parameter name -> bool mask of its shape, on any device; True = keep
-    ): self.masks = {name: mask.detach().clone() for name, mask in masks.items()}
+    ): self.masks, self._bits = {name: mask.detach().clone() for name, mask in masks.items()}, {}
 
     def before_fit(self, run:Run) -> None:
         _fitting(run.model, self.masks)
+        self.masks = _agreed(self.masks, run.model)
         self.clear(run)
 
     def after_backward(self, run:Run) -> None:
-        for p, drop in self._dropped(run.model):
-            if p.grad is not None and p.grad.layout == torch.strided: p.grad.masked_fill_(drop, 0.0)
+        for p, bits in self._kept(run.model):
+            if p.grad is not None and p.grad.layout == torch.strided: _clear_(p.grad, bits)
 
     def after_step(self, run:Run) -> None:
-        with torch.no_grad():
-            for p, drop in self._dropped(run.model): p.masked_fill_(drop, 0.0)
+        for p, bits in self._kept(run.model): _clear_(p.detach(), bits)
 
     def clear(self, run:Run) -> None:
         "Zero the dropped weights and whatever the optimizer remembers of them."
         apply_masks_(run.model, self.masks)
-        for p, drop in self._dropped(run.model):
+        for name, mask in self.masks.items():
+            p = run.model.get_parameter(name)
             for value in run.optimizer.state.get(p, {}).values():
-                if isinstance(value, Tensor) and value.shape == p.shape: value.masked_fill_(drop, 0.0)
+                if isinstance(value, Tensor) and value.shape == p.shape: value.masked_fill_(~mask.to(value.device), 0.0)
 
     def state_dict(self) -> dict: return {"masks": {name: mask.cpu() for name, mask in self.masks.items()}}
 
     def load_state_dict(self, state:dict) -> None: self.masks = dict(state["masks"])
 
-    def _dropped(self, model):
+    def _kept(self, model):
         for name, mask in self.masks.items():
             p = model.get_parameter(name)
             if mask.device != p.device: mask = self.masks[name] = mask.to(p.device)
-            yield p, ~mask
+            known = self._bits.get(name)
+            if known is None or known[0] is not mask or known[1] != (mask._version, p.dtype):
+                known = self._bits[name] = mask, (mask._version, p.dtype), _as_bits(mask, p)
+            yield p, known[2]
+
+# %% ../nbs/10_pruning.ipynb #89e15b3a
+def finalize_pruning(
+    model:nn.Module,                        # changed in place
+    masks:Mapping[str,Tensor]|None=None,    # parameter name -> bool mask, applied too; True = keep
+) -> None:
+    "Leave a plain module: `masks` and those of `torch.nn.utils.prune` become zeros, wrappers go, -0.0 turns into 0.0."
+    for module in model.modules():
+        hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, prune.BasePruningMethod)]
+        for hook in hooks: prune.remove(module, hook._tensor_name)
+    apply_masks_(model, masks or {})
+    with torch.no_grad():
+        for p in model.parameters(): p.masked_fill_(p == 0, 0.0)
+
+# %% ../nbs/10_pruning.ipynb #aa81d40b
+def to_csr(
+    weight:Tensor,             # (rows, ...), floating, of rank 1 or more
+    *,
+    indices:torch.dtype=torch.int32,  # type of the column indices and row pointers: torch.int32 or torch.int64
+) -> Tensor:                   # sparse CSR, (rows, entries per row); a vector is one row
+    "The non-zeros of `weight` as compressed sparse rows (@eq-pruning-csr); -0.0 is dropped, NaN is kept."
+    if indices not in (torch.int32, torch.int64): raise ValueError(f"indices must be torch.int32 or torch.int64, got {indices}")
+    if weight.ndim == 0: raise ValueError("a single number has no rows")
+    w = weight.detach()
+    w = w.reshape(1, -1) if w.ndim == 1 else w.flatten(1)
+    rows, columns = (w != 0).nonzero().unbind(1)
+    pointers = torch.zeros(len(w) + 1, dtype=torch.int64, device=w.device)
+    pointers[1:] = torch.bincount(rows, minlength=len(w)).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(pointers.to(indices), columns.to(indices), w[rows, columns], w.shape, check_invariants=True)
+
+
+def from_csr(
+    csr:Tensor,           # as from `to_csr`
+    shape:tuple[int,...], # of the dense tensor
+) -> Tensor:              # (shape), zeros where nothing is stored
+    "The dense tensor again, every stored value bit for bit."
+    rows = torch.repeat_interleave(torch.arange(csr.shape[0], device=csr.device), csr.crow_indices().diff())
+    dense = torch.zeros(csr.shape, dtype=csr.dtype, device=csr.device)
+    dense[rows, csr.col_indices().long()] = csr.values()
+    return dense.view(shape)
+
+
+def csr_bytes(
+    csr:Tensor,  # as from `to_csr`
+) -> int:
+    "Bytes of its values, column indices and row pointers (@eq-pruning-csr)."
+    return sum(t.numel() * t.element_size() for t in (csr.values(), csr.col_indices(), csr.crow_indices()))

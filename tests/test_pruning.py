@@ -2,7 +2,12 @@
 import copy
 import io
 import math
+import os
+import subprocess
+import sys
+import textwrap
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,17 +22,25 @@ from nncomp.core import named_weights, seed_everything
 from nncomp.pruning import (
     MaskCallback,
     apply_masks_,
+    csr_bytes,
     drop_lowest,
     drop_lowest_global,
+    finalize_pruning,
+    first_order_scores,
+    from_csr,
     global_magnitude_masks,
     magnitude_mask,
     n_m_mask,
     random_mask,
     std_threshold_mask,
+    std_threshold_masks,
     threshold_mask,
+    threshold_masks,
+    to_csr,
 )
-from nncomp.training import Callback, fit
+from nncomp.training import Callback, evaluate, fit
 
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 shapes = st.lists(st.integers(0, 6), min_size=0, max_size=5)
@@ -328,3 +341,219 @@ def test_masks_follow_the_device():
     train(net, [callback], device="cuda", momentum=0.9, optimizer="sgd")
     for name, w in named_weights(net).items():
         assert (w.cpu()[~callback.masks[name].cpu()] == 0).all()
+
+
+@given(
+    st.sampled_from(["sgd", "adam", "adamw"]), st.floats(0, 0.97), st.sampled_from([0.0, 1e-4, 0.1]), st.sampled_from([0.0, 1e-3]),
+    st.sampled_from(["constant", "one-cycle"]), st.integers(0, 99), st.booleans(),
+)
+@settings(max_examples=25, deadline=None)
+def test_masks_hold_whatever_the_optimizer(optimizer, sparsity, decay, l1, schedule, seed, biases):
+    "Through training, a copy, another precision and a state dict; with biases or without."
+    net = toy_net(seed)
+    masks = {name: magnitude_mask(w, sparsity) for name, w in named_weights(net, biases=biases).items()}
+    options = dict(optimizer=optimizer, weight_decay=decay, l1=l1, schedule=schedule, lr=0.05, seed=seed)
+    train(net, [MaskCallback(masks)], epochs=2, **options)
+    twin = copy.deepcopy(net).to(torch.float64)
+    train(twin, [MaskCallback(masks)], epochs=1, **options)
+    loaded = toy_net(seed + 1)
+    loaded.load_state_dict(net.state_dict())
+    for model in (net, twin, loaded):
+        for name, mask in masks.items():
+            gone = model.get_parameter(name)[~mask]
+            assert (gone == 0).all() and not torch.signbit(gone).any()
+
+
+TWO = """
+    import torch
+    from accelerate import PartialState
+    from nncomp.core import named_weights
+    from nncomp.pruning import MaskCallback, magnitude_mask
+    from nncomp.schedules import Pruner, iterative_prune
+    from nncomp.training import fit
+    from toys import Stop, toy_data, toy_net
+    rank, found = PartialState(cpu=True).process_index, {}
+    options = dict(epochs=2, lr=0.02, batch_size=16, device="cpu", progress=False)
+
+    def note(key, net, masks):
+        found[key] = dict(state=net.state_dict(), masks={name: m.cpu() for name, m in masks.items()})
+
+    for kind in ({"optimizer": "sgd"}, {"optimizer": "adam"}, {"optimizer": "adamw", "weight_decay": 0.1}):
+        net = toy_net(rank)                                     # other weights in each process, so other masks
+        hold = MaskCallback({name: magnitude_mask(w, 0.9) for name, w in named_weights(net).items()})
+        fit(net, toy_data(n=33), callbacks=[hold], **kind, **options)
+        note(f"{kind}", net, hold.masks)
+    for scope in ("layer", "global"):
+        net, pruner = toy_net(rank), Pruner(0.8, every=2, scope=scope)
+        fit(net, toy_data(n=33), callbacks=[pruner], **options)
+        note(f"pruner {scope}", net, pruner.masks)
+    net = toy_net(rank)
+    try: fit(net, toy_data(), callbacks=[Pruner(0.8, every=2), Stop(1)], checkpoint="run.pt", **options)
+    except KeyboardInterrupt: pass
+    PartialState().wait_for_everyone()
+    net, pruner = toy_net(rank + 5), Pruner(0.8, every=2)
+    fit(net, toy_data(), callbacks=[pruner, Stop(-1)], checkpoint="run.pt", **options)
+    note("resumed", net, pruner.masks)
+    net = toy_net(rank)
+    masks, rounds = iterative_prune(net, toy_data(n=33), [0.5, 0.9], **options)
+    note("rounds", net, masks)
+    found["last"] = rounds[-1]["sparsity"], rounds[-1]["accuracy"]
+    torch.save(found, f"{rank}.pt")
+    PartialState().destroy_process_group()
+"""
+
+
+def test_masks_hold_in_two_processes(tmp_path):
+    "Both processes end with the same masks (those of the first), the same weights, and zeros where the masks say so."
+    (tmp_path / "script.py").write_text(textwrap.dedent(TWO))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "script.py"]
+    done = subprocess.run(launch, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(a) == 8 and a.pop("last") == b.pop("last")
+    for key, one in a.items():
+        assert all(torch.equal(one["state"][name], b[key]["state"][name]) for name in one["state"]), key
+        for name, mask in one["masks"].items():
+            assert torch.equal(mask, b[key]["masks"][name]), (key, name)
+            assert (one["state"][name][~mask] == 0).all() and (one["state"][name][mask] != 0).all(), (key, name)
+    first = {name: magnitude_mask(w, 0.9) for name, w in named_weights(toy_net(0)).items()}
+    assert all(torch.equal(a["{'optimizer': 'adam'}"]["masks"][name], mask) for name, mask in first.items())
+
+
+# --- masks of a whole model ---
+
+
+def test_thresholds_by_name():
+    net = toy_net()
+    qualities = {"0.weight": 0.2, "0.bias": 0.1, "4.weight": 0.05, "1.weight": 0.3}    # a bias and a normalisation too, when named
+    for make, one in ((std_threshold_masks, std_threshold_mask), (threshold_masks, threshold_mask)):
+        masks = make(net, qualities)
+        assert list(masks) == list(qualities)
+        assert all(torch.equal(masks[name], one(net.get_parameter(name), q)) for name, q in qualities.items())
+        assert set(make(net, 0.01)) == set(named_weights(net))
+        with pytest.raises(ValueError, match="not a parameter of the model: fc1.weight, fc2.weight"):
+            make(net, {"fc1.weight": 1.0, "0.weight": 1.0, "fc2.weight": 1.0})
+        with pytest.raises(ValueError, match="nothing to prune"):
+            make(nn.BatchNorm2d(3), 1.0)
+        with pytest.raises(ValueError, match="nothing to prune"):
+            make(net, {})
+        with pytest.raises(ValueError, match=r"9.* removes all 512 entries of 4.weight"):
+            make(net, {"4.weight": 9.0})
+        assert not make(net, {"4.bias": 9.0})["4.bias"].any()
+    for quality in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="quality must be finite and above 0, got .* for 4.weight"):
+            std_threshold_masks(net, {"0.weight": 1.0, "4.weight": quality})
+
+
+def test_a_dead_tensor_is_refused():
+    net = toy_net()
+    before = copy.deepcopy(net.state_dict())
+    masks = {"0.weight": torch.ones(4, 1, 3, 3, dtype=torch.bool), "4.weight": torch.zeros(8, 64, dtype=torch.bool)}
+    for call in (lambda: apply_masks_(net, masks), lambda: train(net, [MaskCallback(masks)]), lambda: finalize_pruning(net, masks)):
+        with pytest.raises(ValueError, match="the mask removes all 512 entries of 4.weight"):
+            call()
+    assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
+    apply_masks_(net, {"4.bias": torch.zeros(8, dtype=torch.bool)})                       # a bias may go altogether
+    assert (net[4].bias == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "conv3d", "embedding", "grouped"])
+def test_first_order_against_finite_differences(kind):
+    seed_everything(0)
+    x, y = torch.randn(5, 2, 4, 4), torch.randint(0, 3, (5,))
+    body = {"conv1d": [nn.Flatten(2), nn.Conv1d(2, 3, 3)], "conv3d": [nn.Unflatten(1, (1, 2)), nn.Conv3d(1, 3, 2)],
+            "embedding": [nn.Flatten(), nn.Linear(32, 3)], "grouped": [nn.Conv2d(2, 4, 3, groups=2), nn.BatchNorm2d(4)]}[kind]
+    net = nn.Sequential(*body, nn.Flatten(), nn.LazyLinear(3))
+    net(x)
+    net = net.double().eval()
+    x = x.double()
+    scores = first_order_scores(net.train(), [(x, y), (x[:3], y[:3])])
+    assert net.training and all(p.grad is None for p in net.parameters()) and scores.keys() == named_weights(net).keys()
+    net.eval()
+    for name, w in named_weights(net).items():
+        flat, i = w.data.view(-1), w.numel() // 2
+        loss = lambda n: nn.functional.cross_entropy(net(x[:n]), y[:n]).item()  # noqa: E731
+        whole, value = [loss(5), loss(3)], float(flat[i])
+        flat[i] = value * (1 - 1e-5)
+        change = [abs(a - b) * 1e5 for a, b in zip(whole, [loss(5), loss(3)])]
+        flat[i] = value
+        assert float(scores[name].view(-1)[i]) == pytest.approx(sum(change) / 2, rel=1e-3, abs=1e-9)
+
+
+def test_first_order_leaves_frozen_and_unused_alone():
+    net = toy_net()
+    net[0].weight.requires_grad_(False)
+    net.unused = nn.Linear(3, 3)
+    net.forward = lambda x: nn.Sequential(*list(net.children())[:7])(x)
+    data = toy_data()
+    scores = first_order_scores(net, data.batches("train", 32))
+    assert set(scores) == {"4.weight", "6.weight", "unused.weight"} and not scores["unused.weight"].any() and scores["4.weight"].any()
+    masks = drop_lowest_global(scores, 200, floor=0.01)
+    assert sum(int((~m).sum()) for m in masks.values()) == 200
+    bad = copy.deepcopy(toy_net())
+    bad[4].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the score of .* holds"):
+        first_order_scores(bad, data.batches())
+
+
+# --- a plain module ---
+
+
+def test_finalize_ends_torch_prune():
+    seed_everything(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3)).eval()
+    plain = copy.deepcopy(net)
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    prune.random_unstructured(net[0], "weight", 0.5)                                      # twice: a container of methods
+    prune.l1_unstructured(net[0], "bias", 1)
+    prune.ln_structured(net[4], "weight", 2, n=2, dim=0)
+    prune.global_unstructured([(net[5], "weight")], prune.L1Unstructured, amount=7)
+    x = torch.randn(6, 1, 4, 4)
+    out = net(x)
+    masks = {"0.weight": net[0].weight_mask.bool(), "4.weight": net[4].weight_mask.bool(), "5.weight": net[5].weight_mask.bool()}
+    finalize_pruning(net)
+    assert torch.equal(net(x), out) and set(net.state_dict()) == set(plain.state_dict())
+    for module, fresh in zip(net.modules(), plain.modules()):
+        assert set(vars(module)) - set(vars(fresh)) == set() and not module._forward_pre_hooks
+    for name, mask in masks.items():
+        w = net.get_parameter(name)
+        assert (w[~mask] == 0).all() and not torch.signbit(w[~mask]).any()
+    plain.load_state_dict(net.state_dict())
+    copy.deepcopy(net), finalize_pruning(net)
+    assert torch.equal(plain(x), net(x)) and evaluate(net, [(x, torch.zeros(6, dtype=torch.int64))]).n == 6
+
+
+# --- sparse rows ---
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 9999), st.sampled_from(DTYPES), fractions,
+       st.sampled_from([torch.int32, torch.int64]))
+@settings(max_examples=100, deadline=None)
+def test_csr_there_and_back(shape, seed, dtype, sparsity, indices):
+    w = tensor(shape, seed, dtype)
+    w = w.masked_fill(~magnitude_mask(w, sparsity), 0.0)
+    csr = to_csr(w, indices=indices)
+    back = from_csr(csr, w.shape)
+    assert back.dtype == dtype and torch.equal(back, w) and not torch.signbit(back[back == 0]).any()
+    rows = 1 if w.ndim == 1 else w.shape[0]
+    assert csr_bytes(csr) == int(w.count_nonzero()) * (dtype.itemsize + indices.itemsize) + (rows + 1) * indices.itemsize
+    sparse = pytest.importorskip("scipy.sparse")
+    flat = w.double().reshape(1, -1) if w.ndim == 1 else w.double().flatten(1)
+    theirs = sparse.csr_matrix(flat.numpy())
+    for a, b in ((theirs.indptr, csr.crow_indices()), (theirs.indices, csr.col_indices()), (theirs.data, csr.values().double())):
+        assert np.array_equal(a, b.numpy())
+
+
+def test_csr_keeps_bits_and_multiplies():
+    w = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    w = w.masked_fill(~magnitude_mask(w, 0.8), 0.0)
+    w[3, 4], w[5, 6] = float("nan"), float("inf")
+    assert torch.equal(from_csr(to_csr(w), w.shape).view(torch.int32), w.view(torch.int32))
+    clean = w.nan_to_num(0.0, posinf=0.0)
+    x = torch.randn(30, 7)
+    torch.testing.assert_close(to_csr(clean) @ x, clean @ x)
+    assert to_csr(nn.Parameter(clean)).requires_grad is False
+    for bad, text in ((lambda: to_csr(torch.tensor(1.0)), "no rows"), (lambda: to_csr(w, indices=torch.uint8), "indices must be")):
+        with pytest.raises(ValueError, match=text):
+            bad()

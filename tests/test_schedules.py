@@ -1,5 +1,6 @@
 "Schedules: exact targets for any ramp, masks that only shrink, resumed runs equal to whole ones, scans that leave no trace."
 import copy
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -10,15 +11,28 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import Stop, toy_data, toy_net
 
-from nncomp.core import named_weights
-from nncomp.pruning import MaskCallback, magnitude_mask
+from nncomp.core import named_weights, seed_everything
+from nncomp.models import create_model, model_names
+from nncomp.pruning import MaskCallback, apply_masks_, magnitude_mask, std_threshold_masks
+from nncomp.results import find_experiment
 from nncomp.schedules import (
+    DropoutAblation,
+    DropoutRule,
+    NormRecalibration,
+    Norms,
     Pruner,
+    Sparsest,
+    SparsestLeNet5,
+    SparsityCurve,
+    alternating_steps,
     cubic_sparsity,
+    dropout_feeds,
     grow_masks,
     iterative_prune,
+    recalibrate_batch_norm,
     scaled_dropout,
     sensitivity_scan,
+    suggest_qualities,
     suggest_sparsities,
 )
 from nncomp.training import Callback, evaluate, fit
@@ -181,7 +195,8 @@ def test_rounds_by_layer_kind():
     dropped = {name: int((~m).sum()) for name, m in masks.items()}
     assert dropped == {"0.weight": 27, "4.weight": 307, "6.weight": 6}
     assert {name: int((w == 0).sum()) for name, w in named_weights(net).items()} == dropped
-    assert [r["round"] for r in rounds] == [1, 2, 3] and rounds[0]["sparsity"] == 0.5
+    assert [r["round"] for r in rounds] == [1, 2, 3]
+    assert [r["sparsity"] for r in rounds] == pytest.approx([18 / 572, 331 / 572, 340 / 572])    # of all weights, touched or not
     assert rounds[-1]["accuracy"] == evaluate(net, toy_data().valid).accuracy
     with pytest.raises(TypeError):
         iterative_prune(net, toy_data(), [0.5], epoch=1)  # a typo is an error
@@ -246,3 +261,207 @@ def test_pruner_beside_a_mask():
     train(net, [MaskCallback(held), pruner])
     for name, w in named_weights(net).items():
         assert (w[~held[name]] == 0).all() and int((w == 0).sum()) == wanted(w.numel(), 0.75)
+
+
+@given(st.lists(st.floats(0, 0.99), max_size=4))
+@settings(deadline=None, max_examples=20)
+def test_alternating_rounds(sparsities):
+    net = toy_net()
+    rounds = alternating_steps(net, sparsities)
+    assert [list(r) for r in rounds] == [["0.weight"], ["4.weight", "6.weight"]] * len(sparsities)
+    assert [set(r.values()) for r in rounds] == [{s} for s in sparsities for _ in range(2)]
+    assert alternating_steps(nn.Linear(2, 2), sparsities) == [{"weight": s} for s in sparsities]
+    assert alternating_steps(nn.Conv1d(2, 2, 1), sparsities) == [{"weight": s} for s in sparsities]
+    assert alternating_steps(nn.ReLU(), sparsities) == []
+
+
+def test_alternating_rounds_by_name():
+    net = toy_net()
+    rounds = alternating_steps(net, [{"0.weight": 0.2, "6.weight": 0.3}, {"4.weight": 0.5}])
+    assert rounds == [{"0.weight": 0.2}, {"6.weight": 0.3}, {"4.weight": 0.5}]
+    masks, report = iterative_prune(net, toy_data(), rounds, epochs=1, batch_size=32, progress=False)
+    assert {name: int((~m).sum()) for name, m in masks.items()} == {"0.weight": 7, "4.weight": 256, "6.weight": 7}
+    assert report[-1]["sparsity"] == pytest.approx(270 / 572)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_rounds_resume(tmp_path, at):
+    "Interrupted in the middle of the first, second or third round, repeated with a fresh or with the damaged model: the same to the bit."
+    steps = [0.5, {"4.weight": 0.8}, 0.9]
+    options = dict(epochs=2, lr=0.01, batch_size=16, optimizer="sgd", progress=False, device="cpu")
+
+    class StopAt(Callback):
+        "Interrupt in the middle of one of the epochs, counted over all rounds."
+        def __init__(self, epoch): self.epoch, self.seen = epoch, -1
+        def after_step(self, run):
+            self.seen += run.step % run.steps_per_epoch == 1
+            if self.seen == self.epoch and run.step % run.steps_per_epoch == 3:
+                raise KeyboardInterrupt
+    whole = toy_net()
+    masks, rounds = iterative_prune(whole, toy_data(), steps, callbacks=[StopAt(-1)], **options)
+    parts = toy_net()
+    with pytest.raises(KeyboardInterrupt, match=f"run.pt|round-{at // 2 + 1}.pt holds 1 of 2 epochs"):
+        iterative_prune(parts, toy_data(), steps, callbacks=[StopAt(at)], checkpoint=tmp_path / "rounds", **options)
+    for again in (copy.deepcopy(parts), toy_net()):
+        back, report = iterative_prune(again, toy_data(), steps, callbacks=[StopAt(-1)], checkpoint=tmp_path / "rounds", **options)
+        assert report == rounds
+        assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), again.state_dict().values()))
+        assert all(torch.equal(back[name], masks[name]) for name in masks)
+    assert sorted(p.name for p in (tmp_path / "rounds").iterdir()) == ["round-1.pt", "round-2.pt", "round-3.pt"]
+    with pytest.raises(ValueError, match="belongs to another run: callbacks"):
+        iterative_prune(toy_net(), toy_data(), [0.6], callbacks=[StopAt(-1)], checkpoint=tmp_path / "rounds", **options)
+
+
+# --- dropout ---
+
+
+def dropout_net(seed=0):
+    seed_everything(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Dropout(0.4), nn.Linear(20, 10), nn.ReLU(), nn.Dropout(0.2), nn.Linear(10, 3))
+
+
+def test_dropout_feeds():
+    assert dropout_feeds(dropout_net()) == {"3": "4.weight", "6": "7.weight"}
+    assert dropout_feeds(create_model("lenet-5-same")) == {"dropout": "fc2.weight"}
+    assert dropout_feeds(create_model("lenet-5")) == {} == dropout_feeds(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+    twice = nn.Sequential(nn.Dropout(0.1), nn.Dropout1d(0.1), nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1))
+    assert dropout_feeds(twice) == {"0": "3.weight", "1": "3.weight"}                     # normalisation has no connections
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    assert dropout_feeds(layer)["dropout"] == "linear2.weight"
+
+
+@pytest.mark.parametrize("make", [lambda: Pruner(0.9, every=4), lambda: Pruner(0.8, schedule="one-shot", begin=0.5)])
+def test_dropout_rule_follows_the_pruner_and_resumes(tmp_path, make):
+    whole, rule, seen = dropout_net(), DropoutRule(every=2), []
+
+    class Look(Callback):
+        def after_step(self, run):
+            if run.step % 2 == 0:
+                left = run.model[4].weight.count_nonzero().item()
+                seen.append(run.model[3].p == pytest.approx(scaled_dropout(0.4, 200, left)))
+    train(whole, [make(), rule, Look()])
+    assert seen and all(seen)
+    final = [whole[3].p, whole[6].p]
+    for i, rate in ((3, 0.4), (6, 0.2)):
+        w = whole[i + 1].weight
+        assert whole[i].p == pytest.approx(rate * math.sqrt(w.count_nonzero().item() / w.numel())) and whole[i].p < rate
+    for epoch in (1, 3):
+        path = tmp_path / f"{epoch}.pt"
+        with pytest.raises(KeyboardInterrupt):
+            train(dropout_net(), [make(), DropoutRule(every=2), Stop(epoch)], checkpoint=path)
+        parts = dropout_net(1)
+        train(parts, [make(), DropoutRule(every=2), Stop(-1)], checkpoint=path)
+        assert [parts[3].p, parts[6].p] == final
+        assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters()))
+    rule.restore()
+    assert [whole[3].p, whole[6].p] == [0.4, 0.2]
+
+
+def test_dropout_rule_over_rounds():
+    net, rule = dropout_net(), DropoutRule({"3": "1.weight"})                             # the layer before, when asked for
+    iterative_prune(net, toy_data(), [0.5, 0.75, 0.9], epochs=1, batch_size=32, callbacks=[rule], progress=False)
+    assert net[3].p == pytest.approx(0.4 * math.sqrt(32 / 320)) and net[6].p == 0.2
+    with pytest.raises(AttributeError):
+        train(dropout_net(), [DropoutRule({"9": "1.weight"})])
+
+
+# --- batch normalisation ---
+
+
+def test_recalibration_is_an_average_over_the_images():
+    net, data = toy_net(), toy_data()
+    train(net, [])
+    apply_masks_(net, {name: magnitude_mask(w, 0.6) for name, w in named_weights(net).items()})
+    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.eval().modules()]
+    assert recalibrate_batch_norm(net, data, batch_size=96) == 1
+    with torch.no_grad():
+        out = net[0](data.train.x)
+    torch.testing.assert_close(net[1].running_mean, out.mean((0, 2, 3)))
+    torch.testing.assert_close(net[1].running_var, out.var((0, 2, 3)))
+    assert [m.training for m in net.modules()] == modes and net[1].momentum == 0.1
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items() if "running" not in n and "tracked" not in n)
+    means = [net[0](xb).mean((0, 2, 3)) for xb in data.train.x.split(32)]
+    recalibrate_batch_norm(net, [(xb, None) for xb in data.train.x.split(32)])             # batches of one's own; labels are not used
+    torch.testing.assert_close(net[1].running_mean, torch.stack(means).mean(0))
+    first = net[1].running_mean.clone()
+    recalibrate_batch_norm(net, data.train, batch_size=40), recalibrate_batch_norm(net, data.train, batch_size=40)
+    again = net[1].running_mean.clone()
+    recalibrate_batch_norm(net, data.train, batch_size=40)
+    assert torch.equal(again, net[1].running_mean) and not torch.equal(first, again)       # repeatable
+
+
+def test_recalibration_that_fails_changes_nothing():
+    net, data = toy_net(), toy_data()
+    train(net, [], epochs=1)
+    before = copy.deepcopy(net.state_dict())
+    for bad in ([], [(torch.randn(2, 3, 4, 4), None)]):
+        with pytest.raises((ValueError, RuntimeError)):
+            recalibrate_batch_norm(net, bad)
+        assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items()) and net[1].momentum == 0.1
+    assert recalibrate_batch_norm(nn.Linear(2, 2), data) == 0
+    no_stats = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16, track_running_stats=False), nn.Linear(16, 3))
+    assert recalibrate_batch_norm(no_stats, data) == 0
+
+
+# --- scans of any model ---
+
+
+@pytest.mark.parametrize("name", [n for n in model_names() if n.startswith("lenet") or n == "minivgg"])
+def test_scan_any_model(name):
+    from nncomp.data import Split
+    from nncomp.models import model_input_shape
+    seed_everything(0)
+    net, shape = create_model(name), model_input_shape(name)
+    split = Split(torch.randn(12, *shape), torch.arange(12) % 10)
+    before = copy.deepcopy(net.state_dict())
+    scan = sensitivity_scan(net, split, (0.0, 0.9))
+    assert scan["layer"].tolist() == [n for n in named_weights(net) for _ in range(2)] and scan["accuracy"].between(0, 1).all()
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    targets = dict.fromkeys(named_weights(net), 0.7)
+    for n, mask in std_threshold_masks(net, suggest_qualities(net, targets)).items():
+        assert int((~mask).sum()) == round(0.7 * mask.numel())
+
+
+def test_scan_of_nothing_is_refused():
+    for call in (lambda: sensitivity_scan(nn.ReLU(), []), lambda: sensitivity_scan(toy_net(), toy_data(), names=[])):
+        with pytest.raises(ValueError, match="nothing to scan"):
+            call()
+
+
+@given(st.integers(0, 999), st.floats(0, 0.99))
+@settings(max_examples=40, deadline=None)
+def test_qualities_give_the_sparsity_back(seed, sparsity):
+    net = toy_net(seed)
+    targets = dict.fromkeys(named_weights(net), sparsity)
+    qualities = suggest_qualities(net, targets)
+    masks = std_threshold_masks(net, qualities) if qualities else {}
+    for name, w in named_weights(net).items():
+        assert name in masks or round(sparsity * w.numel()) in (0, w.numel())
+        assert name not in masks or int((~masks[name]).sum()) == round(sparsity * w.numel())
+
+
+# --- the registered experiments, in miniature ---
+
+TINY = {
+    "sparsity-curve-lenet-300-100": SparsityCurve(sparsities=(0.5, 0.9), retrain_epochs=1),
+    "norms-lenet-300-100": Norms(sparsities=(0.5, 0.9), retrain_epochs=1),
+    "dropout-rule-lenet-300-100": DropoutAblation(sparsities=(0.9,), retrain_epochs=1),
+    "batch-norm-recalibration": NormRecalibration(sparsities=(0.5,), train_images=64, test_images=20),
+    "sparsest-lenet-300-100": Sparsest(),
+    "sparsest-lenet-5": SparsestLeNet5(),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_experiments(tmp_path, name):
+    "On the digits, for one epoch; a second call finds everything that the first one left and says the same."
+    config = dataclasses.replace(TINY[name], dataset="digits", epochs=1, batch_size=256)
+    run = find_experiment(name).run
+    once = run(config, 0, tmp_path)
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
+    assert run(config, 0, tmp_path) == once
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")} == kept
+    errors = [v for part in once.values() if isinstance(part, dict) for values in part.values() if isinstance(values, list) for v in values]
+    assert all(0 <= v <= 100 for v in errors)
+    if "sparsest" in name:
+        assert once["sparsity"] == pytest.approx(config.sparsity, abs=1e-5) and sum(once["left"].values()) == once["weights"]

@@ -7,10 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
+from toys import Stop, toy_data, toy_net
 
 from nncomp.core import named_weights
 from nncomp.kmeans import kmeans_1d
-from nncomp.weight_sharing import SharedWeight, finalize_sharing, share_weights
+from nncomp.training import evaluate, fit
+from nncomp.weight_sharing import (
+    Reassign,
+    SharedWeight,
+    choose_bits,
+    entropy_constrained,
+    finalize_sharing,
+    fit_budget,
+    rate_distortion_assign,
+    share_weights,
+    sharing_costs,
+    symbol_bits,
+    weight_importance,
+)
 
 
 def small_net(seed=0):
@@ -207,3 +221,241 @@ def test_any_layer():
     attention(*[torch.randn(3, 1, 4)] * 3)[0].sum().backward()
     finalize_sharing(attention)
     assert list(attention.state_dict()) == order
+
+
+def test_labels_are_stored_in_a_byte():
+    for bits, dtype in ((5, torch.uint8), (12, torch.int32)):
+        net = nn.Linear(100, 80)
+        with torch.no_grad():
+            net.weight[:40] = 0
+        share_weights(net, bits, trainable=True)
+        shared = net.parametrizations["weight"][0]
+        assert shared.labels.dtype == dtype and shared.places.dtype == torch.int32
+        assert len(shared.labels) == len(shared.places) == 4000
+
+
+def test_channels_last_is_followed():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 3))
+    share_weights(net, 3, trainable=True)
+    assert net[1].weight.is_contiguous()
+    net.to(memory_format=torch.channels_last)
+    assert all(layer.weight.stride() == layer.weight.to(memory_format=torch.channels_last).stride() for layer in net)
+    assert not net[1].weight.is_contiguous() and net(torch.randn(2, 1, 9, 9)).is_contiguous(memory_format=torch.channels_last)
+    net(torch.randn(2, 1, 9, 9)).square().sum().backward()
+    finalize_sharing(net)
+    assert net[1].weight.is_contiguous()
+
+
+def test_compiled_and_plain_paths_agree():
+    codebook, assignments = kmeans_1d(torch.randn(40, 30).masked_fill(torch.rand(40, 30) < 0.7, 0), 9, keep_zero=True)
+    gradient = torch.randn(40, 30)
+    for kept in (codebook, codebook.half()):
+        shared = SharedWeight(kept, assignments)
+        entry = shared.start.clone().requires_grad_()
+        weight = shared(entry)
+        got, = torch.autograd.grad(weight, entry, gradient.to(kept.dtype))
+        assert torch.equal(weight, kept[assignments])
+        expected = torch.stack([gradient.to(kept.dtype).double()[assignments == j].sum() for j in range(9) if kept[j] != 0])
+        torch.testing.assert_close(got, expected.to(kept.dtype), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels, places, message", [
+    ([0, 1], [0, 99], "a place is outside"), ([0, 9], [0, 1], "a label is outside"),
+    ([0, 1], [0], "2 labels for 1 places"), ([0, -1], [0, 1], "a label is outside"),
+])
+def test_a_state_that_points_outside_is_refused(labels, places, message):
+    net = nn.Linear(4, 3)
+    with torch.no_grad():
+        net.weight[0] = 0
+    share_weights(net, 2, trainable=True)
+    state = net.state_dict()
+    state["parametrizations.weight.0.labels"], state["parametrizations.weight.0.places"] = torch.tensor(labels), torch.tensor(places)
+    with pytest.raises(RuntimeError, match=message):
+        net.load_state_dict(state)
+
+
+def noisy_layer(seed=0, n=3000, sparsity=0.8, dtype=torch.float32):
+    torch.manual_seed(seed)
+    weight = torch.randn(n, dtype=dtype)
+    return weight.masked_fill(weight.abs() < weight.abs().quantile(sparsity), 0)
+
+
+def bill(weight, codebook, labels, lam, h):
+    return float((h * (codebook[labels] - weight).double()**2).sum() + lam * symbol_bits(labels, len(codebook))[labels].sum())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 20), st.floats(0, 0.95), st.floats(1e-6, 1.), st.booleans(), st.booleans())
+def test_entropy_constrained_is_never_dearer_than_kmeans(seed, k, sparsity, lam, drop, weighted):
+    weight = noisy_layer(seed, 400, sparsity, torch.double)
+    h = torch.rand(400, dtype=torch.double) + 0.01 if weighted else torch.ones(400, dtype=torch.double)
+    codebook, labels = entropy_constrained(weight, k, lam, importance=h if weighted else None, drop=drop)
+    plain = kmeans_1d(weight, k, keep_zero=True, weights=h if weighted else None)
+    assert len(codebook) <= k and torch.equal(codebook, codebook.unique()) and torch.equal(labels.unique(), torch.arange(len(codebook)))
+    assert ((weight == 0) <= (codebook[labels] == 0)).all()
+    if not drop:
+        assert torch.equal(weight == 0, codebook[labels] == 0)
+    if not drop or (weight == 0).any():
+        assert bill(weight, codebook, labels, lam, h) <= bill(weight, *plain, lam, h) * (1 + 1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0, 1.), st.booleans())
+def test_assignment_is_the_least_of_all(seed, lam, drop):
+    weight, codebook = noisy_layer(seed, 50), torch.tensor([0., -1., 1.2, 2.])
+    rates, h = torch.tensor([0.3, 4., 3., float("inf")]), torch.rand(50)
+    found = rate_distortion_assign(weight.view(5, 10), codebook, rates, lam, importance=h.view(5, 10), drop=drop)
+    assert found.shape == (5, 10)
+    for w, weigh, got in zip(weight.tolist(), h.tolist(), found.flatten().tolist()):
+        cost = [weigh * (w - c)**2 + (lam * r if r < float("inf") else r) for c, r in zip(codebook.tolist(), rates.tolist())]
+        if w and not drop:
+            cost[0] = float("inf")
+        assert got == 0 if not w else cost[got] <= min(cost) + 1e-6
+
+
+@pytest.mark.parametrize("lam", [-1., float("nan"), float("inf")])
+def test_bad_prices(lam):
+    for call in (lambda: entropy_constrained(torch.ones(3), 2, lam), lambda: Reassign({}, lam)):
+        with pytest.raises(ValueError, match="lam must be finite and at least 0"):
+            call()
+
+
+@pytest.mark.parametrize("values, message", [
+    (torch.arange(5), "must be float"), (torch.zeros(0), "at least one value"),
+    (torch.tensor([1., float("nan")]), "1 NaN or infinite value of 2"),
+])
+def test_bad_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        entropy_constrained(values, 4, 0.1)
+
+
+def test_sharing_at_a_price():
+    plain, priced, kept = small_net(), small_net(), small_net()
+    share_weights(plain, 4)
+    share_weights(priced, 4, lam=1e-3)
+    share_weights(kept, 4, lam=1e-3, drop=False)
+    for (name, a), b, c in zip(named_weights(plain).items(), named_weights(priced).values(), named_weights(kept).values()):
+        entropy = [float(symbol_bits(w.unique(return_inverse=True)[1], 16)[w.unique(return_inverse=True)[1]].mean()) for w in (a, b, c)]
+        assert entropy[1] < entropy[0] and entropy[2] <= entropy[0] + 1e-9, name
+        assert ((a == 0) <= (b == 0)).all() and torch.equal(a == 0, c == 0)
+
+
+def pruned_toy(seed=0):
+    net = toy_net(seed)
+    with torch.no_grad():
+        for w in named_weights(net).values():
+            w[w.abs() < w.abs().flatten().median()] = 0
+    return net
+
+
+@pytest.mark.parametrize("lam", [0., 1e-3])
+def test_reassign_moves_weights_and_resumes_exactly(lam, tmp_path):
+    def run(stop, checkpoint=None):
+        net, data = pruned_toy(), toy_data()
+        before = {n: w.detach().clone() for n, w in named_weights(net).items()}
+        share_weights(net, 3, lam=lam, trainable=True)
+        callbacks = [Reassign(before, lam, until=0.5), stop]
+        history = fit(net, data, epochs=4, lr=0.05, batch_size=16, callbacks=callbacks, checkpoint=checkpoint, device="cpu", progress=False)
+        finalize_sharing(net)
+        return net, history, before
+
+    net, history, before = run(Stop(-1))
+    assert ["reassigned" in h for h in history] == [True, True, False, False] and history[0]["reassigned"] > 0
+    for name, w in named_weights(net).items():
+        assert len(w.detach().unique()) <= 8
+        assert ((before[name] == 0) <= (w == 0)).all()
+        if not lam:
+            assert torch.equal(before[name] == 0, w == 0)
+    with pytest.raises(KeyboardInterrupt):
+        run(Stop(3), tmp_path / "epochs.pt")
+    again, *_ = run(Stop(-1), tmp_path / "epochs.pt")
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_reassign_needs_shared_tensors_of_the_same_shape():
+    square = torch.zeros(2, 2)
+    for weights, message in (({}, "none was named"), ({"9.weight": square}, "9.weight"), ({"4.weight": square}, "4.weight")):
+        net = toy_net()
+        share_weights(net, 2, trainable=True)
+        with pytest.raises(ValueError, match=f"not a shared tensor of that shape: {message}; there are: 0.weight, 4.weight, 6.weight"):
+            fit(net, toy_data(), epochs=1, callbacks=[Reassign(weights)], device="cpu", progress=False)
+
+
+def test_importance_is_that_of_the_loss():
+    "A small change of one weight raises the expected loss, labels drawn from the net's own predictions, by h·δ²."
+    torch.manual_seed(0)
+    net, data = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), toy_data(n=400)
+    h = weight_importance(net, data, images=400, batch_size=1)["1.weight"].double()
+    net, x = net.double(), data.train.x.double()
+    soft = net(x).softmax(1).detach()
+
+    def loss():
+        return float(torch.nn.functional.cross_entropy(net(x), soft).detach())
+
+    start, rise = loss(), torch.zeros(3, 16, dtype=torch.double)
+    with torch.no_grad():
+        for i in range(3):
+            for j in range(16):
+                net[1].weight[i, j] += 1e-2
+                rise[i, j] = (loss() - start) / 1e-4
+                net[1].weight[i, j] -= 1e-2
+    assert abs(float(h.sum() / rise.sum()) - 1) < 0.1
+    assert float(torch.corrcoef(torch.stack([h.flatten(), rise.flatten()]))[0, 1]) > 0.6
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(1, 60), st.floats(-1, 5)), min_size=1, max_size=4), min_size=1, max_size=4),
+       st.integers(0, 200))
+def test_budget_against_all_choices(shelves, budget):
+    import itertools
+    costs = {str(i): [(b, size, loss) for b, (size, loss) in enumerate(options, start=1)] for i, options in enumerate(shelves)}
+    fitting = [c for c in itertools.product(*costs.values()) if sum(size for _, size, _ in c) <= budget]
+    if not fitting:
+        with pytest.raises(ValueError, match="bytes are too few"):
+            fit_budget(costs, budget)
+        return
+    found = [next(o for o in costs[name] if o[0] == b) for name, b in fit_budget(costs, budget).items()]
+    assert sum(size for _, size, _ in found) <= budget
+    assert sum(loss for *_, loss in found) <= min(sum(loss for *_, loss in c) for c in fitting) + 1e-9
+
+
+def test_a_large_budget_stays_near_the_best():
+    g = torch.Generator().manual_seed(0)
+    sizes = torch.randint(10**3, 10**6, (12,), generator=g).tolist()
+    costs = {str(i): [(b, b * n, n * 4.0**-b) for b in range(1, 9)] for i, n in enumerate(sizes)}
+    least = sum(options[0][1] for options in costs.values())
+    found = fit_budget(costs, 4 * least)
+    chosen = [costs[name][b - 1] for name, b in found.items()]
+    assert sum(size for _, size, _ in chosen) <= 4 * least
+    assert sum(loss for *_, loss in chosen) <= 1.001 * sum(options[3][2] for options in costs.values())
+
+
+def test_choose_bits_puts_the_model_back_and_keeps_the_budget():
+    net, data = pruned_toy(), toy_data()
+    fit(net, data, epochs=2, lr=0.01, batch_size=16, device="cpu", progress=False)
+    before = copy.deepcopy(net.state_dict())
+    costs = sharing_costs(net, data, candidates=(1, 2, 4))
+    assert list(costs) == list(named_weights(net)) and all([b for b, *_ in options] == [1, 2, 4] for options in costs.values())
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    start = evaluate(net, data.valid).loss
+    bits, size, rise = costs["4.weight"][1]
+    twin = copy.deepcopy(net)
+    share_weights(twin, {"4.weight": bits})
+    assert evaluate(twin, data.valid).loss == pytest.approx(start + rise, abs=1e-12)
+    chosen = choose_bits(net, data, sum(options[1][1] for options in costs.values()), candidates=(1, 2, 4))
+    assert sum(next(s for b, s, _ in costs[n] if b == chosen[n]) for n in costs) <= sum(options[1][1] for options in costs.values())
+    for arguments, message in (({"candidates": (0, 2)}, "bits must be an integer in 1…16, got 0"), ({"candidates": (2, 17)}, "got 17")):
+        with pytest.raises(ValueError, match=message):
+            choose_bits(net, data, 1000, **arguments)
+    with pytest.raises(ValueError, match="1 bytes are too few"):
+        choose_bits(net, data, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu():
+    cpu, gpu = pruned_toy(), pruned_toy().cuda()
+    for net in (cpu, gpu):
+        share_weights(net, 3, trainable=True)
+        net(torch.ones(2, 1, 4, 4, device=next(net.parameters()).device)).sum().backward()
+    for a, b in zip(cpu.parameters(), gpu.parameters()):
+        torch.testing.assert_close(a.grad, b.grad.cpu(), rtol=1e-4, atol=1e-5)
