@@ -50,7 +50,7 @@ def _code_bit(coder, data, one, bit, reading):
         else: _move_byte_out(coder, data)
     return bit
 
-# %% ../nbs/32_arithmetic.ipynb #580ebbc0
+# %% ../nbs/32_arithmetic.ipynb #a720a923
 def _writer(size:int) -> tuple[np.ndarray, np.ndarray]:
     "A coder's state and room for `size` bytes. The first byte is always 0 and is not kept."
     return np.array([0, 0xFFFFFFFF, 0, 0, 0, 1], np.int64), np.zeros(size, np.uint8)
@@ -61,7 +61,7 @@ def _reader(data:bytes|memoryview) -> tuple[np.ndarray, np.ndarray]:
     return np.array([0, 0xFFFFFFFF, int.from_bytes(bytes(data[:4]).ljust(4, b"\0"), "big"), 4, 0, 1], np.int64), np.frombuffer(bytearray(data) or bytearray(1), np.uint8)
 
 
-@njit
+@njit(cache=True)
 def _flush(coder, data):
     "Move everything out."
     for _ in range(5): _move_byte_out(coder, data)

@@ -6,7 +6,7 @@
 __all__ = ['relative_index', 'from_relative_index', 'expected_bits', 'relative_index_bytes', 'best_fixed_bits', 'csr_index',
            'from_csr_index', 'best_gap_bits', 'encode_positions', 'decode_positions']
 
-# %% ../nbs/33_positions.ipynb #79004c07
+# %% ../nbs/33_positions.ipynb #faab12e1
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arithmetic import decode_indices, encode_indices
 from .core import BitstreamError, check_fraction, check_int
-from .entropy import entropy_bits, pack_bits, read_varint, unpack_bits, write_varint
+from .entropy import _integers, entropy_bits, pack_bits, read_varint, unpack_bits, write_varint
 from .huffman import code_lengths, decode, encode
 
 # %% ../nbs/33_positions.ipynb #d1f9a4cc
@@ -71,16 +71,16 @@ def _walk(symbols:np.ndarray, real:np.ndarray, n:int, step:Callable[[slice], np.
     if real.size and not real[-1]: raise BitstreamError("the gaps end on a filler")
     return mask
 
-# %% ../nbs/33_positions.ipynb #f261d5b8
+# %% ../nbs/33_positions.ipynb #fdc62cfb
 def from_relative_index(
     gaps:np.ndarray,  # (m,), non-negative integers
     real:np.ndarray,  # (m,), bool, False = filler zero
     n:int,            # entries of the mask
 ) -> np.ndarray:      # (n,), bool
     "Invert `relative_index`; gaps that run past `n` or end on a filler are a `BitstreamError`."
-    gaps, real = np.asarray(gaps), np.asarray(real, dtype=bool)
+    gaps, real = _integers(gaps, "gaps"), np.asarray(real, dtype=bool)
     if gaps.shape != real.shape: raise ValueError(f"gaps and real must be of one length, got {gaps.shape} and {real.shape}")
-    return _walk(gaps, real, check_int(n, 0, name="n"), lambda part: gaps[part].astype(np.int64) + 1)
+    return _walk(gaps, real, check_int(n, 0, name="n"), lambda part: np.minimum(gaps[part].astype(np.uint64), np.uint64(n)).astype(np.int64) + 1)
 
 # %% ../nbs/33_positions.ipynb #fdadbc7b
 def expected_bits(
@@ -264,7 +264,7 @@ def encode_positions(
     if method == "best": best = min(best, _encode_context(mask), key=len)
     return _encode_csr(mask) if _csr_size(mask) < len(best) else best
 
-# %% ../nbs/33_positions.ipynb #a642c8b4
+# %% ../nbs/33_positions.ipynb #5a3f0f8f
 def _decode_gaps(data:bytes, n:int) -> np.ndarray:
     "The mask of a stream of gap symbols: the largest symbol is a filler that holds no entry."
     if not data or not 1 <= data[0] <= 16: raise BitstreamError("the gaps have no valid width")
@@ -279,6 +279,7 @@ def _decode_split(data:bytes, n:int) -> np.ndarray:
     if not data or data[0] > 32: raise BitstreamError("the split gaps have no valid width")
     k = data[0]
     size, offset = read_varint(data, 1)
+    if size > len(data) - offset: raise BitstreamError(f"{size} bytes of quotients are declared where {len(data) - offset} are left")
     high = decode(data[offset:offset + size], max_symbols=n)
     low = unpack_bits(data[offset + size:], k, high.size) if k else np.zeros(high.size, np.uint8)
     if not k and len(data) != offset + size: raise BitstreamError("bytes follow the split gaps")
