@@ -88,8 +88,8 @@ def main():
     rows = []
     for name, batch_size in CASES.items():
         rows.append(compare(name, batch_size, args.repeats if name.startswith("lenet") else max(args.repeats // 3, 3)))
-        print("{case:14s} {weights:>9,} weights  plain {plain_ms:8.2f} ms  masked {masked_ms:8.2f} ms  ratio {ratio:.3f}  gradual {gradual_ratio:.3f}"
-              .format(**rows[-1]), flush=True)
+        print("{case:14s} {weights:>9,} weights  plain {plain_ms:8.2f} ms  masked {masked_ms:8.2f} ms  ratio {ratio:.3f}"
+              "  gradual {gradual_ratio:.3f}".format(**rows[-1]), flush=True)
     if args.record:
         records.write("pruning", rows, threads=1, repeats=args.repeats)
 

@@ -6,32 +6,35 @@
 __all__ = ['read_tensors', 'source_files', 'shape_tensor', 'check_output', 'compress_file', 'expand_file', 'demo_config', 'demo',
            'write_report', 'stage_rows', 'summary_line', 'verify_file', 'verify', 'parser', 'main']
 
-# %% ../nbs/90_cli.ipynb #fdc3c847
+# %% ../nbs/90_cli.ipynb #689abb42
 import argparse
 import contextlib
+import functools
 import hashlib
 import html
 import json
+import math
 import os
+import re
 import signal
 import sys
 import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
-from .container import _with_aliases, inspect, load, save_tensors
-from .core import atomic_path, check_finite, check_fraction, check_int, named_weights
+from .container import _DTYPES, _TORCH, EXPANSION, Ledger, _with_aliases, bit_patterns, from_bit_patterns, inspect, load, load_tensors, save_tensors
+from .core import BitstreamError, atomic_path, check_finite, check_fraction, check_int, named_weights
 from .data import load_data
 from .deep_compression import Classic, ClassicLeNet5, Report, run_classic
 from .kmeans import kmeans_1d
@@ -54,14 +57,41 @@ def read_tensors(
     if path.suffix in (".pt", ".pth", ".bin"): return _with_aliases(_read_pickled(path))
     raise ValueError(f"{path} should end in .safetensors, .safetensors.index.json, .pt, .pth or .bin")
 
-# %% ../nbs/90_cli.ipynb #d2b17073
-def _read_safetensors(path:Path) -> Iterator[tuple[str, Tensor]]:
-    "Each tensor of one safetensors file."
+# %% ../nbs/90_cli.ipynb #00f89ba2
+def _open_safetensors(path:Path) -> tuple[list[str], dict[str, str]]:
+    "Names and metadata of a safetensors file that the library has checked."
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys(): yield name, file.get_tensor(name)
+        with safe_open(path, framework="pt") as file: return list(file.keys()), file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _bytes_of(tag:str, shape:tuple[int, ...], *_) -> int:
+    "Bytes of a tensor."
+    return math.prod(shape) * _TORCH[tag].itemsize
+
+
+def _read_safetensors(path:Path) -> Iterator[tuple[str, Tensor]]:
+    "Each tensor of one safetensors file, in memory of its own (the library would map the file, and all of it would seem to be in use)."
+    names, _ = _open_safetensors(path)
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(start - 8))
+        for name in names:
+            entry = table[name]
+            if _TORCH.get(entry["dtype"]) is None: raise ValueError(f"{path}: {name!r} is of type {entry['dtype']}, which PyTorch does not have")
+            file.seek(start + entry["data_offsets"][0])
+            data = np.empty(_bytes_of(entry["dtype"], entry["shape"]), np.uint8)
+            if file.readinto(data) < data.size: raise ValueError(f"{path} was cut off while it was read")
+            yield name, from_bit_patterns(data, _TORCH[entry["dtype"]], tuple(entry["shape"]))
+            del data
+
+
+def _metadata(path:Path) -> dict[str, str]:
+    "The text in the header of a safetensors file, or of the first shard of an index, under the name by which `expand_file` finds it."
+    if path.name.endswith(".index.json"): path = source_files(path)[1]
+    kept = _open_safetensors(path)[1] if path.suffix == ".safetensors" else {}
+    return {"safetensors": json.dumps(kept, sort_keys=True)} if kept else {}
 
 
 def _read_sharded(path:Path) -> Iterator[tuple[str, Tensor]]:
@@ -133,7 +163,7 @@ def shape_tensor(
         tensor = codebook[assignments]
     return tensor
 
-# %% ../nbs/90_cli.ipynb #6b481341
+# %% ../nbs/90_cli.ipynb #f64e8996
 def check_output(
     output:str|Path,            # the file to write
     sources:list[Path]=(),      # the files that are read
@@ -158,6 +188,8 @@ def compress_file(
     *,
     sparsity:float|None=None,  # fraction to prune, in [0, 1]
     bits:int|None=None,        # log₂ of the number of shared values, 1…16
+    coder:str="best",          # "best", "huffman" (faster to read) or "raw"
+    n_jobs:int|None=1,         # tensors at work at once, see `save_tensors`
     force:bool=False,          # replace an existing output
     progress:bool=True,        # show a bar
 ) -> dict:                     # tensors, entries, source_bytes, dense_bytes (float32), file_bytes, ratio (to dense), seconds
@@ -170,36 +202,102 @@ def compress_file(
     tensors = read_tensors(source)
     totals = dict(tensors=0, entries=0, source_bytes=sum(f.stat().st_size for f in source_files(source)), dense_bytes=0)
 
-    def shaped():
+    def counted():
         for name, tensor in tqdm(tensors, unit="tensor", disable=None if progress else True, leave=False):
             totals["tensors"] += 1
-            if isinstance(tensor, str):
-                yield name, tensor
-                continue
-            totals["entries"] += tensor.numel()
-            totals["dense_bytes"] += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
-            yield name, shape_tensor(name, tensor, sparsity=sparsity, bits=bits)
+            if isinstance(tensor, Tensor):
+                totals["entries"] += tensor.numel()
+                totals["dense_bytes"] += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
+            yield name, tensor
+            del tensor
 
-    save_tensors(shaped(), output)
+    shape = None if sparsity is bits is None else functools.partial(shape_tensor, sparsity=sparsity, bits=bits)
+    save_tensors(counted(), output, coder=coder, metadata=_metadata(source), prepare=shape, n_jobs=n_jobs)
     size = output.stat().st_size
     return totals | dict(file_bytes=size, ratio=totals["dense_bytes"] / size, seconds=time.perf_counter() - start)
 
+# %% ../nbs/90_cli.ipynb #9683ffac
+_ORDER = ["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"]
 
+
+def _entries(ledger:Ledger) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    "Name -> (type, shape, name under which the values are filed) of each tensor of an .nncomp file."
+    rows, tags, entries = {row["tensor"]: row for row in ledger.rows[:-1]}, {name: tag for tag, name in _DTYPES.items()}, {}
+    if "__metadata__" in rows: raise ValueError("a safetensors file cannot hold a tensor of the name '__metadata__'")
+    for name, row in rows.items():
+        filed = name if row["dtype"] else row["coding"].removeprefix("= ")
+        if not rows.get(filed, row)["dtype"]: raise BitstreamError(f"tensor {name!r}: is another name of {filed!r}, which is no tensor")
+        entries[name] = (tags[rows[filed]["dtype"]], tuple(rows[filed]["shape"]), filed)
+    return entries
+
+
+def _write_safetensors(source:Path, path:Path, entries:dict[str, tuple], metadata:dict[str, str], **options) -> None:
+    "Write some tensors of an .nncomp file as a safetensors file, one by one."
+    order = sorted(entries, key=lambda name: (-_ORDER.index(entries[name][0]), name))
+    table, offset = {"__metadata__": metadata} if metadata else {}, 0
+    for name in order:
+        size = _bytes_of(*entries[name])
+        table[name] = {"dtype": entries[name][0], "shape": entries[name][1], "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in load_tensors(source, [entries[name][2] for name in order], **options):
+            file.write(bit_patterns(tensor).view(np.uint8))
+            del tensor
+
+
+def _dealt(entries:dict[str, tuple], output:Path, shard_size:int|None) -> dict[str, dict[str, tuple]]:
+    "File name -> its entries: a new shard begins where the next tensor would not fit (a larger one has a shard of its own)."
+    shards, filled = [{}], 0
+    for name, entry in entries.items():
+        size = _bytes_of(*entry)
+        if shard_size is not None and shards[-1] and filled + size > shard_size: shards, filled = [*shards, {}], 0
+        shards[-1][name] = entry
+        filled += size
+    if len(shards) == 1: return {output.name: entries}
+    return {f"{output.stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _write_index(path:Path, files:dict[str, dict[str, tuple]]) -> None:
+    "Write which tensor is in which shard, in the hub's form."
+    size = sum(_bytes_of(*entry) for shard in files.values() for entry in shard.values())
+    index = {"metadata": {"total_size": size}, "weight_map": {name: file for file, shard in files.items() for name in shard}}
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+# %% ../nbs/90_cli.ipynb #1aa14dd0
+def _restored(kept:dict[str, str]) -> dict[str, str]:
+    "The text to put into the header: what the checkpoint had, or else what PyTorch's files have."
+    try: found = json.loads(kept.get("safetensors", "{}"))
+    except (ValueError, RecursionError): found = None
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()): raise BitstreamError("the metadata of the checkpoint is damaged")
+    return found or {"format": "pt"}
+
+# %% ../nbs/90_cli.ipynb #3a4eec55
 def expand_file(
-    source:str|Path,     # .nncomp file
-    output:str|Path,     # .safetensors file to write
+    source:str|Path,            # .nncomp file
+    output:str|Path,            # .safetensors file to write; with shards, the name that theirs are made from
     *,
-    force:bool=False,    # replace an existing output
-) -> dict:               # tensors, file_bytes
-    "Write the tensors of a `.nncomp` file as plain safetensors."
+    shard_size:int|None=None,   # bytes of tensors in one file, at most; None = one file
+    n_jobs:int|None=1,          # tensors at work at once, see `save_tensors`
+    max_expansion:float=EXPANSION,  # bytes of tensors for each byte of the file, at most (and 16 MiB)
+    force:bool=False,           # replace an existing output
+) -> dict:                      # tensors, file_bytes, files (names; the index last)
+    "Write the tensors of a `.nncomp` file as safetensors, one by one; in shards `NAME-00001-of-0000N.safetensors` with an index if they do not fit one."
     if not Path(source).is_file(): raise ValueError(f"{source} is not a file")
-    output = check_output(output, [Path(source)], force=force)
-    state, seen = load(source), set()
-    for name, tensor in state.items():             # safetensors wants a copy of its own for each name of a tied tensor
-        if tensor.numel() and tensor.data_ptr() in seen: state[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
-    with atomic_path(output) as part: save_file(state, part, metadata={"format": "pt"})
-    return dict(tensors=len(state), file_bytes=output.stat().st_size)
+    if shard_size is not None: check_int(shard_size, 1, name="shard_size")
+    check_output(output, [source := Path(source)], force=force or shard_size is not None)
+    ledger, output = inspect(source), Path(output)
+    entries, metadata = _entries(ledger), _restored(ledger.metadata)
+    files = _dealt(entries, output, shard_size)
+    names = [*files, *([f"{output.stem}.safetensors.index.json"] if len(files) > 1 else [])]
+    paths = {name: check_output(output.parent / name, [source], force=force) for name in names}
+    with contextlib.ExitStack() as stack:                            # the index is begun first, and so it is the last to appear
+        parts = {name: stack.enter_context(atomic_path(paths[name])) for name in reversed(names)}
+        for name, shard in files.items(): _write_safetensors(source, parts[name], shard, metadata, n_jobs=n_jobs, max_expansion=max_expansion)
+        if len(files) > 1: _write_index(parts[names[-1]], files)
+    return dict(tensors=len(entries), file_bytes=sum(paths[name].stat().st_size for name in files), files=names)
 
 # %% ../nbs/90_cli.ipynb #ebfd4410
 def demo_config(
@@ -334,13 +432,20 @@ def verify(
     if not rows: raise ValueError(f"no file in {models_root(root)} was evaluated on {dataset}")
     return rows
 
-# %% ../nbs/90_cli.ipynb #4ca082ec
+# %% ../nbs/90_cli.ipynb #a4f02bd5
 def _table(rows:list[dict]) -> str:
     "Rows of one shape as aligned text, the first column to the left."
     if not rows: return ""
     lines = [list(rows[0]), *[[str(v) for v in row.values()] for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in lines)
+
+
+def _parse_bytes(text:str) -> int:
+    "A size such as 5GB or 500MiB in bytes."
+    found = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B?", text, flags=re.IGNORECASE)
+    if not found or int(found[1]) == 0: raise ValueError(f"a size is written like 5GB or 500MiB, got {text!r}")
+    return int(found[1]) * (1024 if found[3] else 1000)**" KMGT".index(found[2].upper() or " ")
 
 
 def _check_device(name:str|None) -> None:
@@ -368,7 +473,7 @@ def _demo(args) -> int:
 def _compress(args) -> int:
     if args.lossless and (args.sparsity is not None or args.bits is not None):
         raise ValueError("--lossless contradicts --sparsity and --bits; leave one or the other out")
-    made = compress_file(args.input, args.out, sparsity=args.sparsity, bits=args.bits, force=args.force)
+    made = compress_file(args.input, args.out, sparsity=args.sparsity, bits=args.bits, coder=args.coder, n_jobs=args.jobs, force=args.force)
     if args.json: print(json.dumps(made | {"file": args.out}))
     else:
         print(f"{args.out}: {made['file_bytes']:,} bytes from {made['source_bytes']:,} ({made['source_bytes'] / made['file_bytes']:.2f} to 1), "
@@ -377,8 +482,9 @@ def _compress(args) -> int:
 
 
 def _expand(args) -> int:
-    made = expand_file(args.input, args.out, force=args.force)
-    print(f"{args.out}: {made['tensors']} tensors, {made['file_bytes']:,} bytes")
+    size = None if args.shard_size is None else _parse_bytes(args.shard_size)
+    made = expand_file(args.input, args.out, shard_size=size, n_jobs=args.jobs, max_expansion=args.max_expansion, force=args.force)
+    print(f"{args.out}: {made['tensors']} tensors, {made['file_bytes']:,} bytes" + (f" in {len(made['files']) - 1} shards" if len(made["files"]) > 1 else ""))
     return 0
 
 
@@ -403,7 +509,7 @@ def _reproduce(args) -> int:
         print(f"{record.experiment} seed {record.seed}: " + ", ".join(f"{k} {v}" for k, v in record.metrics.items() if isinstance(v, int | float)))
     return 0
 
-# %% ../nbs/90_cli.ipynb #9196e5ec
+# %% ../nbs/90_cli.ipynb #7bd7e6c3
 class _Parser(argparse.ArgumentParser):
     "Errors in one line, like all others."
     def error(self, message): self.exit(2, f"nncomp: error: {message}; see {self.prog} --help\n")
@@ -421,9 +527,9 @@ def _printable(text:str) -> str:
 
 _FLAGS = dict(input=["input"], name=["name"], out=["-o", "--out"], data=["--data"], model=["--model"], seed=["--seed"], folder=["--folder"],
               device=["--device"], json=["--json"], sparsity=["--sparsity"], bits=["--bits"], lossless=["--lossless"], force=["--force"],
-              root=["--root"], seeds=["--seeds"])
+              root=["--root"], seeds=["--seeds"], coder=["--coder"], jobs=["--jobs"], shard_size=["--shard-size"], max_expansion=["--max-expansion"])
 
-# %% ../nbs/90_cli.ipynb #5bc7789a
+# %% ../nbs/90_cli.ipynb #d4acd1a1
 def parser() -> argparse.ArgumentParser:
     "The command line: one subcommand for each function."
     top = _Parser(prog="nncomp", description="Neural network compression: prune, share, code.", allow_abbrev=False)
@@ -437,6 +543,7 @@ def parser() -> argparse.ArgumentParser:
 
     names = dict(choices=["digits", "mnist", "fashion", "cifar10"])
     yes, output = dict(action="store_true"), dict(required=True, metavar="FILE", help="the file to write")
+    jobs = dict(type=int, default=1, metavar="N", help="tensors at work at once; -1 = one a processor")
     force, as_json = yes | dict(help="replace an existing output"), yes | dict(help="print one JSON value instead of text")
     command("demo", _demo, "Train, prune, share, code, load and evaluate one network.",
             data=names | dict(default="digits", help="data set (default: %(default)s)"), seed=dict(type=int, default=0, help="of everything random"),
@@ -447,8 +554,11 @@ def parser() -> argparse.ArgumentParser:
             input=dict(metavar="IN", help=".safetensors, .safetensors.index.json, .pt or .pth"), out=output,
             sparsity=dict(type=float, metavar="S", help="fraction of each weight tensor to remove, in [0, 1]"),
             bits=dict(type=int, metavar="B", help="keep at most 2**B values a tensor, 1…16"),
-            lossless=yes | dict(help="keep every bit (the default)"), force=force, json=as_json)
-    command("expand", _expand, "Write a .nncomp file as safetensors.", input=dict(metavar="IN", help="a .nncomp file"), out=output, force=force)
+            lossless=yes | dict(help="keep every bit (the default)"), jobs=jobs, force=force, json=as_json,
+            coder=dict(choices=["best", "huffman", "raw"], default="best", help="best: smallest (default); huffman: faster to read"))
+    command("expand", _expand, "Write a .nncomp file as safetensors.", input=dict(metavar="IN", help="a .nncomp file"), out=output, jobs=jobs, force=force,
+            shard_size=dict(metavar="SIZE", help="write shards of at most this size, such as 5GB, and an index"),
+            max_expansion=dict(type=float, default=EXPANSION, metavar="X", help="trust up to X bytes of tensors for each byte of the file (default: %(default)s)"))
     command("inspect", _inspect, "Show where the bytes of a .nncomp file are.", input=dict(metavar="IN", help="a .nncomp file"), json=as_json)
     command("verify", _verify, "Evaluate the shipped files and compare them with their records.", data=names,
             root=dict(metavar="DIR", help="folder that holds models/ and results/"), json=as_json)

@@ -374,7 +374,7 @@ def _difference(records:Sequence[Record], a:Callable[[Record], float], b:Callabl
     says = "no difference seen" if low <= 0 <= high else "better" if low > 0 else "worse"
     return f"{sum(x) / len(x) - sum(y) / len(y):+.2f} [{low:+.2f}, {high:+.2f}] {says}"
 
-# %% ../nbs/45_replications.ipynb #8f13cf0f
+# %% ../nbs/45_replications.ipynb #c5f80b53
 def pruning_table(
     test:int,                        # of seed 003, 1…4
     root:str|Path|None=None,         # as for `results_root`
@@ -383,10 +383,10 @@ def pruning_table(
     records, paper = load_records(f"seed003-test-{test}", root), PUBLISHED[test]
     sizes = {name: p.numel() for name, p in create_model(TESTS[test].model).named_parameters()}
     amounts = {name: f"{cut.rule}, {amount:,}" for cut in TESTS[test].cuts for name, amount in cut.amounts}
-    lines = [{"": name, "our rule": amounts.get(name, "–"), "of": f"{sizes[name]:,}", "zeros, the seed": zeros,
+    lines = [{"tensor": name, "our rule": amounts.get(name, "–"), "of": f"{sizes[name]:,}", "zeros, the seed": zeros,
               "zeros or accuracy, ours": _spread(records, lambda r: r.metrics["zeros"][name])} for name, zeros in paper["zeros"].items()]
     for label, key, metric in (("test accuracy before, %", "before", "dense_accuracy"), ("test accuracy after, %", "after", "pruned_accuracy")):
-        lines.append({"": label, "our rule": "", "of": "", "zeros, the seed": paper[key], "zeros or accuracy, ours": _spread(records, lambda r: r.metrics[metric])})
+        lines.append({"tensor": label, "our rule": "", "of": "", "zeros, the seed": paper[key], "zeros or accuracy, ours": _spread(records, lambda r: r.metrics[metric])})
     return require("pandas").DataFrame(lines).rename(columns={"zeros, the seed": "the seed", "zeros or accuracy, ours": "ours"})
 
 # %% ../nbs/45_replications.ipynb #4c398bab
@@ -419,7 +419,7 @@ def start_table(
                                                                for label, stage in (("shared only", "snapped"), ("tuned", "tuned"))})
     return require("pandas").DataFrame(lines)
 
-# %% ../nbs/45_replications.ipynb #bc0cbf11
+# %% ../nbs/45_replications.ipynb #8610381b
 def seed004_table(
     name:str,                        # "seed004-lenet-300-100" or "seed004-lenet-5-small"
     root:str|Path|None=None,         # as for `results_root`
@@ -433,7 +433,7 @@ def seed004_table(
             ("accuracy, shared, %", "shared", stage("shared", "accuracy")), ("loss, shared", "shared, loss", stage("shared", "loss")),
             ("accuracy, shared and tuned, %", "", stage("tuned", "accuracy")), ("file, pruned only, B", "", lambda r: r.metrics["pruned_bytes"]),
             ("file, shared, B", "file", lambda r: r.metrics["file_bytes"])]
-    return require("pandas").DataFrame([{"": label, "the seed": paper.get(key, "–"), "ours": _spread(records, value)} for label, key, value in rows])
+    return require("pandas").DataFrame([{"quantity": label, "the seed": paper.get(key, "–"), "ours": _spread(records, value)} for label, key, value in rows])
 
 # %% ../nbs/45_replications.ipynb #033c1162
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class _Lookup(torch.autograd.Function):
         else: total = torch.bincount(labels.int(), (flat[places.long()] if len(places) else flat[:len(labels)]).double(), ctx.k)
         return total.to(gradient.dtype), None, None, None
 
-# %% ../nbs/21_weight_sharing.ipynb #f8bcd5b2
+# %% ../nbs/21_weight_sharing.ipynb #87800a2c
 def _narrow(index, top):
     "Indices below `top` in the smallest type that the compiled loops take."
     return index.to(torch.uint8 if top <= 256 else torch.int32 if top < 2**31 else torch.int64)
@@ -80,7 +80,16 @@ def _misplaced(labels, places, k, n):
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < top: return f"a {what} is outside 0…{top - 1}"
     return ""
 
-# %% ../nbs/21_weight_sharing.ipynb #933e8f50
+
+def _make_room(shared, state, prefix, errors):
+    "Give labels and places the lengths they have in `state`, which is about to be loaded, or note what is wrong with them."
+    found = {name: state.get(prefix + name, getattr(shared, name)) for name in ("labels", "places")}
+    wrong = _misplaced(found["labels"], found["places"], len(shared.start), shared.shape.numel())
+    if wrong: errors.append(f"{prefix}labels and places: {wrong}")
+    for name, tensor in found.items():
+        if not wrong and tensor.shape != getattr(shared, name).shape: setattr(shared, name, getattr(shared, name).new_empty(tensor.shape))
+
+# %% ../nbs/21_weight_sharing.ipynb #50b767e9
 class SharedWeight(nn.Module):
     "Parametrization of one tensor by a trainable codebook; an entry 0 is left out of it and stays exactly zero."
     def __init__(self,
@@ -95,26 +104,21 @@ class SharedWeight(nn.Module):
         self.register_buffer("layout", torch.zeros(1, 2, 2, 2) if assignments.ndim == 4 else None, persistent=False)
         self.assign(torch.where(live, live.cumsum(0) - 1, -1)[assignments])
 
-    def assign(self,
-        entries:Tensor,      # int, shape of the weight: which of the trainable entries each weight takes; -1 = exactly zero
-    ) -> None:
+    def assign(self, entries:Tensor) -> None:    # int, shape of the weight: which trainable entry each weight takes; -1 = exactly zero
         "Let every weight take the entry of the codebook that is named for it."
-        entries = entries.flatten()
-        kept = entries >= 0
-        self.labels = _narrow(entries[kept], len(self.start))
-        self.places = (kept.nonzero().flatten() if len(self.labels) < len(kept) else kept.nonzero()[:0, 0]).to(torch.int32 if len(kept) < 2**31 else torch.int64)
+        kept = entries.flatten() >= 0
+        self.labels = _narrow(entries.flatten()[kept], len(self.start))
+        places = kept.nonzero()[:, 0] if len(self.labels) < len(kept) else torch.zeros(0, device=kept.device)
+        self.places = places.to(torch.int32 if len(kept) < 2**31 else torch.int64)
 
     @property
     def entries(self) -> Tensor:  # int64, shape of the weight
         "What `assign` was given."
         found = torch.full((self.shape.numel(),), -1, device=self.labels.device)
-        if len(self.labels) == len(found): found[:] = self.labels
-        else: found[self.places.long()] = self.labels.long()
+        found[self.places.long() if len(self.places) else slice(len(self.labels))] = self.labels.long()
         return found.view(self.shape)
 
-    def forward(self,
-        codebook:Tensor,     # (number of entries that are not fixed at zero,)
-    ) -> Tensor:             # the weight
+    def forward(self, codebook:Tensor) -> Tensor:  # (number of entries that are not fixed at zero,) -> the weight
         "The weight that the codebook stands for."
         weight = _Lookup.apply(codebook, self.labels, self.places, self.shape)
         if self.layout is None or self.layout.is_contiguous(): return weight
@@ -125,11 +129,7 @@ class SharedWeight(nn.Module):
         return self.start.clone()
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        found = {name: state.get(prefix + name, getattr(self, name)) for name in ("labels", "places")}
-        wrong = _misplaced(found["labels"], found["places"], len(self.start), self.shape.numel())
-        if wrong: errors.append(f"{prefix}labels and places: {wrong}")
-        for name, tensor in found.items():
-            if not wrong and tensor.shape != getattr(self, name).shape: setattr(self, name, getattr(self, name).new_empty(tensor.shape))
+        _make_room(self, state, prefix, errors)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
 # %% ../nbs/21_weight_sharing.ipynb #2b610a9f
@@ -166,7 +166,19 @@ def _attach(owners, codebook, assignments):
         module.parametrizations[leaf].original = first
         module.parametrizations[leaf].later = order[order.index(leaf) + 1:]  # to restore the order of the parameters
 
-# %% ../nbs/21_weight_sharing.ipynb #bd8ed816
+# %% ../nbs/21_weight_sharing.ipynb #49b01bce
+def _cluster(values, k, lam, keep_zero, drop, importance, options):
+    "Codebook and assignments by k-means, or where bits have a price by both."
+    if lam: return entropy_constrained(values, k, lam, importance=importance, drop=drop, **options)
+    return kmeans_1d(values, k, keep_zero=keep_zero, weights=importance, **options)
+
+
+def _check_recurrent(model, parameters):
+    "Complain about layers that cannot train shared values."
+    if any(isinstance(module, nn.RNNBase) for p in parameters for module, _ in _owners(model, p)):
+        raise ValueError("a recurrent layer reads its weights behind PyTorch's back and cannot train shared ones; use trainable=False")
+
+# %% ../nbs/21_weight_sharing.ipynb #c087a3a3
 def share_weights(
     model:nn.Module,           # changed in place: its tensors are snapped, or computed from codebooks
     bits:int|dict[str,int],    # 1…16, at most 2**bits values a tensor; a dict names the tensors to share
@@ -184,11 +196,9 @@ def share_weights(
     A tensor that has so few values already is unchanged; NaN or infinity is a `ValueError` that names the tensor."""
     plan = {}
     for name, (p, b) in _chosen(model, bits, biases).items():
-        values, weights = check_finite(p.detach(), name), (importance or {}).get(name)
-        if lam: plan[name] = p, *entropy_constrained(values, 2**b, lam, init=init, importance=weights, drop=drop, generator=generator)
-        else: plan[name] = p, *kmeans_1d(values, 2**b, init=init, keep_zero=keep_zero, weights=weights, generator=generator)
-    if trainable and any(isinstance(module, nn.RNNBase) for p, *_ in plan.values() for module, _ in _owners(model, p)):
-        raise ValueError("a recurrent layer reads its weights behind PyTorch's back and cannot train shared ones; use trainable=False")
+        values, options = check_finite(p.detach(), name), dict(init=init, generator=generator)
+        plan[name] = p, *_cluster(values, 2**b, lam, keep_zero, drop, (importance or {}).get(name), options)
+    if trainable: _check_recurrent(model, [p for p, *_ in plan.values()])
     for p, codebook, assignments in plan.values():
         if trainable: _attach(_owners(model, p), codebook, assignments)
         else:
@@ -257,7 +267,7 @@ def _check_lam(lam):
     if not 0 <= lam < float("inf"): raise ValueError(f"lam must be finite and at least 0, got {lam}")
     return float(lam)
 
-# %% ../nbs/21_weight_sharing.ipynb #b0fb53f7
+# %% ../nbs/21_weight_sharing.ipynb #7dbf5b93
 def rate_distortion_assign(
     values:Tensor,      # (...), floating
     codebook:Tensor,    # (k,), floating, in any order
@@ -274,7 +284,7 @@ def rate_distortion_assign(
     live = (flat != 0 if zero.any() else torch.ones_like(flat, dtype=torch.bool)).nonzero()[:, 0]
     h = torch.ones_like(flat) if importance is None else importance.to(flat.device).flatten()
     for at in live.split(1 << 15):
-        found[at] = (h[at].double()[:, None] * (flat[at].double()[:, None] - codes)**2 + price).argmin(1)
+        found[at] = (h[at].double()[:, None] * (flat[at].double()[:, None] - codes).square() + price).argmin(1)
     return found.view(values.shape)
 
 # %% ../nbs/21_weight_sharing.ipynb #1453eaf5
@@ -292,7 +302,7 @@ def _recentred(codebook, labels, flat, h):
     mass, total = (torch.bincount(labels.flatten(), x, len(codebook)) for x in (h, h * flat))
     return torch.where((codebook == 0) | (mass == 0), codebook, total / mass)
 
-# %% ../nbs/21_weight_sharing.ipynb #8980c5f0
+# %% ../nbs/21_weight_sharing.ipynb #361d83a2
 def entropy_constrained(
     values:Tensor,            # (...), floating, finite, not empty
     k:int,                    # most entries of the codebook, zero included; at least 1
@@ -309,13 +319,13 @@ def entropy_constrained(
     h = torch.ones_like(flat) if importance is None else importance.to(flat.device).flatten().double()
     for _ in range(200):
         found = rate_distortion_assign(values, codebook, symbol_bits(labels, len(codebook)), lam, importance=importance, drop=drop)
-        codebook, same, labels = _recentred(codebook, found, flat, h), torch.equal(found, labels), found
-        if same: break
+        codebook, moved, labels = _recentred(codebook, found, flat, h), int((found != labels).sum()), found
+        if moved <= len(flat) // 10_000: break
     codebook, order = codebook.sort()
     labels, used = order.argsort()[labels], torch.bincount(order.argsort()[labels].flatten(), minlength=len(order)) > 0
     return codebook[used].to(values.dtype), (used.cumsum(0) - 1)[labels]
 
-# %% ../nbs/21_weight_sharing.ipynb #893f55dd
+# %% ../nbs/21_weight_sharing.ipynb #6b8baacd
 def weight_importance(
     model:nn.Module,     # trained; read only
     data:Data,           # its training images are used, evenly spread ones
@@ -326,7 +336,7 @@ def weight_importance(
     biases:bool=False,   # also for the biases of layers that own a weight
     seed:int=0,          # of the drawn labels
 ) -> dict[str,Tensor]:   # parameter name -> h, at least 0, shape of the parameter
-    "Half the diagonal of the Fisher information: what a squared change of each weight adds to the loss (LeCun et al. 1990, eq. 3)."
+    "Half the diagonal of the Fisher information: what a squared change of each weight adds to the loss (LeCun et al. 1989, eq. 3)."
     weights, generator = named_weights(model, biases), torch.Generator().manual_seed(seed)
     total, n = {name: torch.zeros_like(w) for name, w in weights.items()}, min(check_int(images, 1, name="images"), len(data.train))
     batches = data.train.x[torch.arange(n) * len(data.train) // n].split(check_int(batch_size, 1, name="batch_size"))
@@ -339,7 +349,7 @@ def weight_importance(
             for name, g in zip(weights, gradients): total[name] += len(xb) / (2 * len(batches)) * g.square()
     return {name: h + damping * h.mean() for name, h in total.items()}
 
-# %% ../nbs/21_weight_sharing.ipynb #6242b9c9
+# %% ../nbs/21_weight_sharing.ipynb #81b1728a
 class Reassign(Callback):
     "After an epoch of `fit`, let every shared weight choose its value again by @eq-sharing-rd; `history` gets the share that moved."
     def __init__(self,
@@ -371,8 +381,8 @@ class Reassign(Callback):
         for _ in range(10):
             rates = symbol_bits(labels, len(codebook)) if self.lam else torch.zeros(len(codebook))
             found = rate_distortion_assign(w, codebook, rates, self.lam, importance=self.importance.get(name), drop=self.drop and self.lam > 0)
-            if torch.equal(found, labels): break
-            labels = found
+            moved, labels = int((found != labels).sum()), found
+            if moved <= labels.numel() // 10_000: break
         shared.assign(labels - 1)
         return int((labels != before).sum())
 
@@ -424,7 +434,7 @@ def fit_budget(
         found = _frontier([(s + size, l + loss, bits + (b,)) for s, l, bits in found for b, size, loss in options], budget_bytes - rest)
     return dict(zip(costs, min(found, key=lambda f: f[1])[2]))
 
-# %% ../nbs/21_weight_sharing.ipynb #dbff28b5
+# %% ../nbs/21_weight_sharing.ipynb #fa795b8a
 def choose_bits(
     model:nn.Module,      # trained, pruned or not; read only
     data:Data,            # measured on `data.valid`
@@ -435,5 +445,5 @@ def choose_bits(
     biases:bool=False,    # also the biases of layers that own a weight
     device:str|torch.device|None=None,     # where to evaluate, as in `evaluate`
 ) -> dict[str,int]:       # parameter name -> bits, for `share_weights`
-    "Bits for each tensor, by its sensitivity, under a budget (as Choi, El-Khamy & Lee 2017 weigh tensors against each other)."
+    "Bits for each tensor, by its sensitivity, under a budget (after Choi, El-Khamy & Lee 2017, §3)."
     return fit_budget(sharing_costs(model, data, candidates=candidates, init=init, biases=biases, device=device), budget_bytes)

@@ -97,6 +97,8 @@ BAD = {
     "missing folder": (["compress", "net.pt", "-o", "no/such/out"], "does not exist"),
     "output is input": (["compress", "net.pt", "-o", "net.pt", "--force"], "is the input"),
     "existing output": (["compress", "net.pt", "-o", "net.safetensors"], "--force"),
+    "a size in no unit": (["expand", "net.nncomp", "-o", "out", "--shard-size", "many"], "5GB"),
+    "no jobs": (["compress", "net.pt", "-o", "out", "--jobs", "0"], "n_jobs"),
     "contradiction": (["compress", "net.pt", "-o", "out", "--lossless", "--bits", "4"], "contradicts"),
     "truncated nncomp": (["expand", "cut.nncomp", "-o", "out"], "cut.nncomp"),
     "expand what is not nncomp": (["expand", "net.safetensors", "-o", "out"], "net.safetensors"),
@@ -174,6 +176,127 @@ def test_demo_prints_one_object(tmp_path):
 def test_a_sharded_checkpoint_is_one_file(folder, tmp_path):
     assert nncomp("compress", folder / "one.safetensors.index.json", "-o", "a.nncomp", cwd=tmp_path).returncode == 0
     assert load(tmp_path / "a.nncomp").keys() == load_file(folder / "net.safetensors").keys()
+
+
+def test_metadata_and_bytes_come_back(tmp_path):
+    from nncomp.cli import compress_file, expand_file
+
+    state = {
+        "b.weight": torch.randn(3, 4),
+        "a.half": torch.randn(5).half(),
+        "empty": torch.zeros(0, 3),
+        "n": torch.tensor(4),
+        "ü": torch.tensor([True, False]),
+    }
+    for metadata in ({"format": "pt"}, {"note": "two \"words\" ✓"}):
+        save_file(state, tmp_path / "a.safetensors", metadata=metadata)
+        compress_file(tmp_path / "a.safetensors", tmp_path / "a.nncomp", force=True, progress=False)
+        expand_file(tmp_path / "a.nncomp", tmp_path / "b.safetensors", force=True)
+        assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    save(state, tmp_path / "c.nncomp", metadata={"safetensors": "[1]"})
+    with pytest.raises(ValueError, match="metadata of the checkpoint is damaged"):
+        expand_file(tmp_path / "c.nncomp", tmp_path / "c.safetensors")
+    save({"__metadata__": torch.ones(2)}, tmp_path / "d.nncomp")
+    with pytest.raises(ValueError, match="__metadata__"):
+        expand_file(tmp_path / "d.nncomp", tmp_path / "d.safetensors")
+    assert not list(tmp_path.glob(".*.part")) and not (tmp_path / "c.safetensors").exists()
+
+
+def test_the_order_of_types_is_the_library_s(tmp_path):
+    from nncomp.cli import compress_file, expand_file
+    from nncomp.container import _TORCH
+
+    state = {tag: torch.arange(8, dtype=torch.uint8).view(t) for tag, t in _TORCH.items() if t not in (None, torch.bool)}
+    save_file(state | {"BOOL": torch.tensor([True])}, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    compress_file(tmp_path / "a.safetensors", tmp_path / "a.nncomp", progress=False)
+    expand_file(tmp_path / "a.nncomp", tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_shards_out_and_in(folder, tmp_path):
+    from nncomp.cli import compress_file, expand_file, read_tensors
+
+    done = nncomp("expand", folder / "net.nncomp", "-o", "net.safetensors", "--shard-size", "2KB", "--jobs", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    index = json.loads((tmp_path / "net.safetensors.index.json").read_text())
+    before = load_file(folder / "net.safetensors")
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
+    shards = sorted(set(index["weight_map"].values()))
+    assert shards == [f"net-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] and len(shards) > 2
+    for shard in shards:
+        state = load_file(tmp_path / shard)
+        assert sum(t.nbytes for t in state.values()) <= 2000 or len(state) == 1
+        assert all(index["weight_map"][name] == shard for name in state)
+    after = dict(read_tensors(tmp_path / "net.safetensors.index.json"))
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n].flatten().view(torch.uint8), t.flatten().view(torch.uint8)) for n, t in before.items())
+    compress_file(tmp_path / "net.safetensors.index.json", tmp_path / "again.nncomp", progress=False)
+    made = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="add --force"):
+        expand_file(tmp_path / "again.nncomp", tmp_path / "net.safetensors", shard_size=2000)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == made
+    expand_file(tmp_path / "again.nncomp", tmp_path / "net.safetensors", shard_size=2000, force=True)
+    assert expand_file(tmp_path / "again.nncomp", tmp_path / "one.safetensors", shard_size=10**9)["files"] == ["one.safetensors"]
+
+
+def test_jobs_and_coders(folder, tmp_path):
+    from nncomp.cli import compress_file
+
+    sizes = {}
+    for coder in ("best", "huffman", "raw"):
+        for jobs in (1, 2):
+            done = compress_file(folder / "net.safetensors", tmp_path / f"{jobs}", coder=coder, n_jobs=jobs, force=True, progress=False)
+            sizes[coder] = done["file_bytes"]
+        assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert sizes["best"] <= sizes["huffman"] <= sizes["raw"]
+    state = {k: v for k, v in load_file(folder / "net.safetensors").items() if k != "nan"}
+    save_file(state, tmp_path / "in.safetensors")
+    for jobs in (1, 2):
+        compress_file(tmp_path / "in.safetensors", tmp_path / f"{jobs}", bits=3, sparsity=0.5, n_jobs=jobs, force=True, progress=False)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+@pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("2 GiB", 2 << 30), ("10m", 10**7), ("7", 7)])
+def test_sizes_in_words(text, size):
+    from nncomp.cli import _parse_bytes
+
+    assert _parse_bytes(text) == size
+
+
+def test_expand_wants_leave_for_a_bomb(tmp_path):
+    save({"zeros": torch.zeros(5_000_000)}, tmp_path / "a.nncomp")
+    assert nncomp("expand", "a.nncomp", "-o", "a.safetensors", cwd=tmp_path).returncode == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["a.nncomp"]
+    assert nncomp("expand", "a.nncomp", "-o", "a.safetensors", "--max-expansion", "1e6", cwd=tmp_path).returncode == 0
+
+
+MEMORY = """
+import ctypes, gc, json, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from nncomp.cli import compress_file, expand_file
+def status(key): return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+def peak(run):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    run()
+    return status("VmHWM") - before
+folder = Path(sys.argv[1])
+for count, rows in ((2, 100), (12, 2000)):
+    save_file({f"w{i}": torch.randn(rows, 1000) for i in range(count)}, folder / "a.safetensors")
+    print(peak(lambda: compress_file(folder / "a.safetensors", folder / "a.nncomp", force=True, progress=False)))
+    print(peak(lambda: expand_file(folder / "a.nncomp", folder / "b.safetensors", shard_size=40_000_000, force=True)))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+def test_memory_is_that_of_two_tensors(tmp_path):
+    run = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    compressing, expanding = map(int, run.stdout.split()[2:])  # twelve tensors of 8 MB
+    assert compressing <= 2 * 8_000_000 + 16_000_000 and expanding <= 2 * 8_000_000 + 16_000_000, (compressing, expanding)
 
 
 def test_tied_tensors_are_stored_once(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nncomp import results
+from nncomp import replications, results
 from nncomp.results import (
     Published,
     Record,
@@ -499,12 +499,16 @@ def test_rivals_live_elsewhere(records, tmp_path, monkeypatch):
     assert records.rival_python("huffman") == tmp_path / "bench-huffman" / "bin" / "python"
 
 
+REPLICATION_TABLE = re.compile(r"show_table\((\w+_table)\(")  # the tables of 45_replications are functions of that module
+
+
 def record_tables():
     "Every saved table cell of the book that reads records: (notebook, source, saved HTML)."
     for path in sorted((REPOSITORY / "nbs").glob("*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
             reads = re.search(r"\btable\(", source) and '"classic-' in source or "benchmark_table(" in source
+            reads = reads or REPLICATION_TABLE.search(source)
             if cell["cell_type"] == "code" and "label: tbl-" in source and reads:
                 html = ["".join(o["data"]["text/html"]) for o in cell["outputs"] if "text/html" in o.get("data", {})]
                 yield pytest.param(source, html, id=f"{path.stem}-{re.search('tbl-[a-z-]+', source)[0]}")
@@ -514,6 +518,7 @@ def record_tables():
 def test_tables_in_the_book_are_those_of_the_records(source, html):
     known = ("Published", "benchmark_table", "load_benchmark", "load_records", "show_table", "table")
     names = {name: getattr(results, name) for name in known}
+    names |= {name: getattr(replications, name) for name in REPLICATION_TABLE.findall(source) if name != "benchmark_table"}
     *before, last = ast.parse(source).body
     exec(compile(ast.Module(before, []), "cell", "exec"), names)
     shown = eval(compile(ast.Expression(last.value), "cell", "eval"), names)

@@ -317,7 +317,8 @@ def test_rounds_resume(tmp_path, at):
 
 def dropout_net(seed=0):
     seed_everything(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Dropout(0.4), nn.Linear(20, 10), nn.ReLU(), nn.Dropout(0.2), nn.Linear(10, 3))
+    first = [nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Dropout(0.4)]
+    return nn.Sequential(*first, nn.Linear(20, 10), nn.ReLU(), nn.Dropout(0.2), nn.Linear(10, 3))
 
 
 def test_dropout_feeds():
@@ -418,7 +419,7 @@ def test_scan_any_model(name):
     assert scan["layer"].tolist() == [n for n in named_weights(net) for _ in range(2)] and scan["accuracy"].between(0, 1).all()
     assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
     targets = dict.fromkeys(named_weights(net), 0.7)
-    for n, mask in std_threshold_masks(net, suggest_qualities(net, targets)).items():
+    for mask in std_threshold_masks(net, suggest_qualities(net, targets)).values():
         assert int((~mask).sum()) == round(0.7 * mask.numel())
 
 

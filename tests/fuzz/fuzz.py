@@ -30,7 +30,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
 TABLES = "_fill"  # functions that fill tables of many thousand entries: compiled in both modes, or an input would take a second
-TARGETS = ("huffman", "positions", "tensor", "load", "inspect", "arithmetic", "indices")
+TARGETS = ("huffman", "positions", "arithmetic", "indices", "tensor", "blocks", "load", "inspect")
 
 
 def strict_arrays():

@@ -4,6 +4,7 @@ A target takes bytes that anyone may have written. It returns a short text that 
 what was decoded), raises nothing but what is a defect, and needs no atheris: the fuzzer and the tests run the same functions.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ except ImportError:
 MIB = 1 << 20
 SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 BUNDLE = "*small*"
-MOST = 2000  # symbols of an arithmetic stream
+MOST = 2000  # entries of what is coded again, symbols of an arithmetic stream
 
 
 class Defect(AssertionError):
@@ -70,7 +71,7 @@ def fuzz_positions(data):
     except BitstreamError as error:
         return f"error: {error}"
     require(mask.dtype == bool and mask.shape == (n,) and mask.view(np.uint8).max(initial=0) <= 1, f"decoded to {mask.dtype} {mask.shape}")
-    if n <= 5000:
+    if n <= MOST:
         again = positions.decode_positions(positions.encode_positions(mask), n)
         require(np.array_equal(again, mask), "encoding what was decoded gives something else")
     return digest(mask)
@@ -87,7 +88,7 @@ def check_tensor(name, tensor, most, again=True):
     bits = container.bit_patterns(tensor)
     if tensor.dtype == torch.bool:
         require(bits.max(initial=0) <= 1, "a truth value is neither 0 nor 1")
-    if again and tensor.numel() <= 5000:
+    if again and tensor.numel() <= MOST:
         again = container.unpack_tensor(name, container.pack_tensor(name, tensor), max_bytes=most)
         require(again.dtype == tensor.dtype and again.shape == tensor.shape, "packing what was unpacked gives another type or shape")
         require(np.array_equal(container.bit_patterns(again), bits), "packing what was unpacked gives other bits")
@@ -102,6 +103,23 @@ def fuzz_tensor(data, most=MIB // 4):
         require(str(error).startswith("tensor 'w': "), f"the message does not name the tensor: {error}")
         return f"error: {error}"
     return check_tensor("w", tensor, most)
+
+
+@contextlib.contextmanager
+def small_blocks():
+    "Tensors are cut into blocks of 64 entries instead of millions."
+    kept = container._CUT_BYTES
+    try:
+        container._CUT_BYTES = 256
+        yield
+    finally:
+        container._CUT_BYTES = kept
+
+
+def fuzz_blocks(data):
+    "A packed tensor as above, where a block is small."
+    with small_blocks():
+        return fuzz_tensor(data)
 
 
 class on_disk:
@@ -134,8 +152,8 @@ def fuzz_load(data):
             alone = container.load_tensor(path, name)
             same = alone.dtype == tensor.dtype and np.array_equal(container.bit_patterns(alone), container.bit_patterns(tensor))
             require(same, f"load_tensor reads {name!r} differently")
-        if sum(t.numel() for t in state.values()) <= 1000:
-            container.save(state, path)
+        if sum(t.numel() for t in state.values()) <= MOST:
+            container.save(state, path, coder="huffman")  # which is fast, as plain Python too
             again = container.load(path)
             require(list(again) == list(state), "saving what was loaded loses a name")
             same = all(np.array_equal(container.bit_patterns(again[n]), container.bit_patterns(t)) for n, t in state.items())
@@ -191,11 +209,12 @@ TARGETS = {
     "huffman": fuzz_huffman,
     "positions": fuzz_positions,
     "tensor": fuzz_tensor,
+    "blocks": fuzz_blocks,
     "load": fuzz_load,
     "inspect": fuzz_inspect,
 } | ({"arithmetic": fuzz_arithmetic, "indices": fuzz_indices} if arithmetic else {})
 # Bytes that a target may take at its peak, beyond 64 for each byte of input: tables of the longest codes, what a small file may declare.
-MEMORY = {"huffman": 24, "positions": 8, "tensor": 32, "load": 96, "inspect": 8, "arithmetic": 32, "indices": 32}  # MiB
+MEMORY = {"huffman": 24, "positions": 8, "tensor": 32, "blocks": 32, "load": 96, "inspect": 8, "arithmetic": 32, "indices": 32}  # MiB
 SECONDS = 1.0  # of processor time for one input, where loops are compiled
 
 
@@ -363,6 +382,10 @@ def seeds(target):
                 flat = x.ravel().astype(np.uint8 if k < 257 else np.uint16)
                 message = arithmetic.encode_indices(flat, k, shape=x.shape, zero=zero)
                 yield struct.pack("<BHH", x.ndim, k, zero + 1) + bytes(x.shape) + message
+    if target == "blocks":
+        with small_blocks():
+            large = [torch.arange(300).reshape(20, 15) % 7, torch.eye(20), torch.randn(5, 70), torch.ones(100), *states.values()]
+            yield from (container.pack_tensor("w", tensor)[:-4] for tensor in large)
     if target in ("load", "inspect"):
         yield from small_files(list(states.values()))
 

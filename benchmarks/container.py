@@ -1,0 +1,164 @@
+"""The file: dense checkpoints beside ZipNN, zip and zstd, and the speed of reading beside a dense copy.
+
+    python -m venv "${TMPDIR:-/tmp}/bench-container" && "${TMPDIR:-/tmp}/bench-container/bin/pip" install zipnn
+    python benchmarks/container.py [--weights N] [--repeats R] [--record]
+
+Part "dense": unpruned weights, in float32 and in bfloat16, written by every program without loss. Two checkpoints: a LeNet-300-100
+and a LeNet-5 trained here on the built-in digits for a few epochs, and twelve layers of 1024 x 1024 Gaussian weights whose rows have
+scales of their own. Ours is the whole file of `save`; zip (deflate, level 9) and zstd (level 19) get the whole safetensors file;
+ZipNN gets the bytes of the tensors, once tensor by tensor and once in one piece, and the smaller total counts.
+
+Part "read": one tensor of N weights, 90 % zeros and 32 values, float32; millions of weights a second on one thread: a copy of the dense
+array, `unpack_tensor` of what `coder="huffman"` and `coder="best"` wrote. The calls take turns, the best time of each counts.
+"""
+import argparse
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+SIZES = """
+import json, sys, warnings
+import numpy as np
+warnings.simplefilter("ignore")
+from zipnn import ZipNN
+names = {"float32": "float32", "bfloat16": "bfloat16"}
+for line in sys.stdin:
+    dtype, paths = json.loads(line)
+    parts = [open(path, "rb").read() for path in paths]
+    def size(data):
+        coder = ZipNN(input_format="byte", bytearray_dtype=names[dtype])
+        packed = bytes(coder.compress(bytearray(data)))
+        assert bytes(ZipNN(input_format="byte", bytearray_dtype=names[dtype]).decompress(packed)) == data
+        return len(packed)
+    print(json.dumps(min(sum(map(size, parts)), size(b"".join(parts)))), flush=True)
+"""
+
+
+def checkpoints():
+    "Name -> state dict of float32 tensors."
+    import torch
+
+    from nncomp.core import seed_everything
+    from nncomp.data import load_data
+    from nncomp.models import create_model
+    from nncomp.training import fit
+
+    state = {}
+    for net, epochs in (("lenet-300-100", 12), ("lenet-5", 4)):
+        seed_everything(0)
+        model = create_model(net)
+        fit(model, load_data("digits"), epochs=epochs, batch_size=64, device="cpu", progress=False)
+        state |= {f"{net}.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    yield "trained LeNets", state
+    g = torch.Generator().manual_seed(0)
+    scale = lambda: torch.exp(0.4 * torch.randn(1024, 1, generator=g))  # noqa: E731
+    yield "Gaussian, 12 layers", {f"{i}.weight": 0.03 * scale() * torch.randn(1024, 1024, generator=g) for i in range(12)}
+
+
+def zipped(data):
+    "Bytes of a zip archive (deflate) of one file."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        archive.writestr("model.safetensors", data)
+    return len(buffer.getvalue())
+
+
+def dense(python):
+    "Rows of bytes for each checkpoint and type."
+    import torch
+    import zstandard
+    from safetensors.torch import save
+
+    from nncomp import container
+
+    rival = subprocess.Popen([python, "-c", SIZES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) if python else None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, state in checkpoints():
+            for dtype in (torch.float32, torch.bfloat16):
+                typed, word, file = {n: t.to(dtype) for n, t in state.items()}, str(dtype).removeprefix("torch."), Path(folder) / "x"
+                container.save(typed, file)
+                row = dict(part="dense", case=name, dtype=word, nncomp=file.stat().st_size)
+                assert all(torch.equal(t, typed[n]) for n, t in container.load(file).items())
+                paths = []
+                for i, tensor in enumerate(typed.values()):
+                    paths.append(str(Path(folder) / f"{i}.bytes"))
+                    Path(paths[-1]).write_bytes(container.bit_patterns(tensor).tobytes())
+                if rival:
+                    rival.stdin.write(json.dumps([word, paths]) + "\n")
+                    rival.stdin.flush()
+                    row["zipnn"] = json.loads(rival.stdout.readline())
+                data = save(typed)
+                yield row | dict(zipnn=row.get("zipnn"), raw=len(data), zip=zipped(data), zstd=len(zstandard.ZstdCompressor(level=19).compress(data)))
+    if rival:
+        rival.stdin.close()
+        rival.wait()
+
+
+def sparse(n):
+    "(rows, 1000) float32, 90 % zeros, 31 other values."
+    import torch
+
+    rng, out = np.random.default_rng(0), np.zeros((n // 1000, 1000), np.float32)
+    levels = np.linspace(-1, 1, 32).astype(np.float32)
+    for part in np.array_split(out, max(n // 10_000_000, 1)):
+        chosen = np.clip(np.rint(rng.standard_normal(part.shape, np.float32) * 5 + 15.5), 0, 31).astype(np.uint8)
+        part[:] = np.where(rng.random(part.shape, np.float32) < 0.1, levels[chosen], 0)
+    return torch.from_numpy(out)
+
+
+def read(n, repeats):
+    "Millions of weights a second, and bytes."
+    from nncomp.container import pack_tensor, unpack_tensor
+
+    weights = sparse(n)
+    packed = {coder: pack_tensor("w", weights, coder) for coder in ("huffman", "best")}
+    array, options = weights.numpy(), dict(max_bytes=2 * weights.nbytes)
+    calls = {"dense copy": array.copy} | {coder: (lambda data=data: unpack_tensor("w", data, **options)) for coder, data in packed.items()}
+    times = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            if name == "best" and turn > 2:
+                continue
+            start = time.perf_counter()
+            result = call()
+            taken = time.perf_counter() - start
+            assert np.array_equal(np.asarray(result), array) or turn
+            del result
+            times[name] += [taken] if turn else []
+    for name, taken in times.items():
+        size = len(packed[name]) if name in packed else array.nbytes
+        yield dict(part="read", case=name, weights=n, bytes=size, rate=array.size / min(taken) / 1e6, ratio=min(times["dense copy"]) / min(taken))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", type=int, default=100_000_000)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--record", action="store_true", help="write results/benchmarks/container.json")
+    args = parser.parse_args()
+    import records
+    import torch
+
+    torch.set_num_threads(1)
+    python = records.rival_python("container")
+    if python is None:
+        print("ZipNN is left out: there is no environment bench-container (see the top of this file)")
+    rows = []
+    for row in [*dense(python), *read(args.weights, args.repeats)]:
+        rows.append(row)
+        print(", ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
+    if args.record:
+        version = [str(python), "-c", "from importlib.metadata import version; print(version('zipnn'))"]
+        rival = {"zipnn": subprocess.run(version, capture_output=True, text=True, check=True).stdout.strip()} if python else {}
+        records.write("container", rows, packages=["zstandard", "safetensors"], versions=rival, threads=1, repeats=args.repeats)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
