@@ -73,7 +73,7 @@ def test_tensor_round_trip(tensor, coder):
     data = pack_tensor("a.b", tensor, coder)
     assert same(unpack_tensor("a.b", data), tensor)
     assert len(data) <= tensor.nbytes + 3 + 2 * tensor.ndim + 4 + 1
-    assert len(pack_tensor("a.b", tensor)) <= len(data)
+    assert len(pack_tensor("a.b", tensor)) <= len(data) + 8                # "best" stops looking where it is within 64 bits of the entropy
 
 
 @settings(deadline=None, max_examples=40)
