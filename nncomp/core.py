@@ -6,12 +6,12 @@
 __all__ = ['BitstreamError', 'MissingExtraError', 'require', 'check_fraction', 'check_int', 'check_finite', 'seed_everything',
            'default_device', 'evaluating', 'named_weights', 'count_parameters', 'count_nonzero', 'atomic_path']
 
-# %% ../nbs/00_core.ipynb #1ac4afc8
+# %% ../nbs/00_core.ipynb #232f73ea
 import contextlib
 import importlib
 import os
 import random
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -133,7 +133,7 @@ def count_nonzero(
     "Number of entries that are not exactly zero (@eq-core-count)."
     return sum(int(torch.count_nonzero(t)) for t in tensors)
 
-# %% ../nbs/00_core.ipynb #b7402ee2
+# %% ../nbs/00_core.ipynb #400bbbcf
 @contextlib.contextmanager
 def atomic_path(
     path:str|os.PathLike,  # the file to appear; its folder must exist
@@ -141,14 +141,14 @@ def atomic_path(
     "Give a temporary path that becomes `path` when the block ends well, and vanishes when it does not."
     path = Path(path)
     if not path.parent.is_dir(): raise ValueError(f"the folder {path.parent} does not exist; create it first")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
-        os.replace(name, path)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    try:  # from before the file exists, so that an interrupt at any moment leaves none behind
+        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        yield part
+        os.chmod(part, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
+        os.replace(part, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #9e176caa
 def _umask() -> int:

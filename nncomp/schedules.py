@@ -425,13 +425,13 @@ def sparsity_curve(config:SparsityCurve, seed:int, folder:Path) -> dict:
     small = [_kept(folder / f"small-{s}.json", lambda: _small_dense(config, s, data, seed, n)) for s in config.sparsities]
     return found | {"small dense": {"retrained": small}}
 
-# %% ../nbs/11_schedules.ipynb #109acf23
+# %% ../nbs/11_schedules.ipynb #60d3823b
 @dataclass(frozen=True)
 class Norms:
     "Training, one cut, retraining: all under the same penalty."
     sparsities:tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
-    l1:float = 1e-5               # λ₁ of `penalty`
-    l2:float = 1e-4               # λ₂ of `penalty`
+    l1:float = 3e-5               # λ₁ of `penalty`
+    l2:float = 3e-5               # λ₂ of `penalty`
     model:str = "lenet-300-100"   # a name of `create_model`
     dataset:str = "mnist"         # a name of `load_data`
     epochs:int = 12               # of dense training

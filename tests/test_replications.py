@@ -1,4 +1,4 @@
-"The experiments behind the seeds' tables, on small data: what they prune, hold, remember, and print."
+"The experiments behind the reports' tables, on small data: what they prune, hold, remember, and print."
 import json
 from dataclasses import replace
 
@@ -19,16 +19,16 @@ from nncomp.replications import (
     CutBelow,
     FromPixels,
     RateDistortion,
-    Seed003,
-    Seed004,
+    Report003,
+    Report004,
     _choose_price,
     _difference,
     pruning_table,
     rate_distortion_table,
     run_rate_distortion,
-    run_seed003,
-    run_seed004,
-    seed004_table,
+    run_report003,
+    run_report004,
+    report004_table,
     share_and_tune,
     sharing_table,
     start_table,
@@ -37,7 +37,7 @@ from nncomp.replications import (
 from nncomp.results import Record, config_id, find_experiment
 from nncomp.training import evaluate, fit
 
-SMALL = Seed003(dataset="digits", epochs=1, batch_size=256, cuts=(Cut(1, "std", (("fc1.weight", 1.), ("fc1.bias", 0.1))),), bits=(2,),
+SMALL = Report003(dataset="digits", epochs=1, batch_size=256, cuts=(Cut(1, "std", (("fc1.weight", 1.), ("fc1.bias", 0.1))),), bits=(2,),
                 starts=("density", "optimal"), tune_images=300, tune_epochs=1)
 
 
@@ -50,8 +50,8 @@ def digits():
 
 @pytest.mark.parametrize("name, parameters", [("lenet-300-100", 266_610), ("lenet-5-same", 655_596)])
 def test_nets_of_the_seed(name, parameters):
-    net = create_model(f"seed003-{name}")
-    assert count_parameters(net) == parameters and model_input_shape(f"seed003-{name}") == (1, 28, 28)
+    net = create_model(f"report003-{name}")
+    assert count_parameters(net) == parameters and model_input_shape(f"report003-{name}") == (1, 28, 28)
     for layer in net:
         if hasattr(layer, "weight"):
             fan = sum(torch.nn.init._calculate_fan_in_and_fan_out(layer.weight))
@@ -124,13 +124,13 @@ def test_tuning_keeps_zeros_and_values(digits):
     assert not any((p == 0).sum() != before[name].sum() for name, p in net.named_parameters())
 
 
-def test_seed003_remembers_and_files(tmp_path):
-    metrics = run_seed003(SMALL, 0, tmp_path, progress=False)
+def test_report003_remembers_and_files(tmp_path):
+    metrics = run_report003(SMALL, 0, tmp_path, progress=False)
     assert set(metrics["snapped"]) == set(metrics["tuned"]) == {"density-2", "optimal-2"}
     assert metrics["zeros"]["fc1.weight"] > 235_200 / 2 and metrics["zeros"]["fc2.weight"] == 0
     assert len(json.dumps(metrics | {"artefact": ""})) < 4000
     (tmp_path / "density-2.json").write_text('{"snapped": 1.5, "tuned": 2.5}')
-    again = run_seed003(SMALL, 0, tmp_path, progress=False)
+    again = run_report003(SMALL, 0, tmp_path, progress=False)
     assert again["snapped"]["density-2"] == 1.5 and again["tuned"]["optimal-2"] == metrics["tuned"]["optimal-2"]
     net = load(metrics["artefact"], into=create_model(SMALL.model))
     data = load_data("digits")
@@ -144,10 +144,10 @@ def test_lenet_5_of_the_seed(digits, tmp_path):
     assert zeros == {"conv1.weight": 0, "conv2.weight": 24_542, "fc1.weight": 620_797, "fc2.weight": 982}
 
 
-@pytest.mark.parametrize("config", [Seed004(), LENET_5_SMALL], ids=["mlp", "lenet-5"])
-def test_seed004(config, tmp_path):
+@pytest.mark.parametrize("config", [Report004(), LENET_5_SMALL], ids=["mlp", "lenet-5"])
+def test_report004(config, tmp_path):
     small = replace(config, dataset="digits", epochs=1, retrain_epochs=1, batch_size=128, lr=3e-3)
-    metrics = run_seed004(small, 0, tmp_path, progress=False)
+    metrics = run_report004(small, 0, tmp_path, progress=False)
     assert list(metrics["stages"]) == ["dense", "cut", "pruned", "shared", "tuned"]
     assert metrics["parameters"] == count_parameters(create_model(config.model))
     assert {n for n, z in metrics["zeros"].items() if z} == set(config.pruned)
@@ -187,7 +187,7 @@ def test_tables_from_records(monkeypatch):
     pytest.importorskip("pandas")
     monkeypatch.setattr("nncomp.replications.load_records", lambda name, root=None: kept.get(name, []))
     keys = [f"{s}-{b}" for b in (2, 5, 8) for s in TESTS[1].starts]
-    kept = {f"seed003-test-{t}": records(f"seed003-test-{t}", lambda k, t=t: dict(
+    kept = {f"report003-test-{t}": records(f"report003-test-{t}", lambda k, t=t: dict(
         dense_accuracy=98. + k / 10, pruned_accuracy=97. + k / 10,
         zeros={n: 5 * k for n, _ in create_model(TESTS[t].model).named_parameters()},
         snapped={key: 90. + i + k / 10 for i, key in enumerate(keys)}, tuned={key: 97. + k / 10 for key in keys})) for t in TESTS}
@@ -196,17 +196,17 @@ def test_tables_from_records(monkeypatch):
         assert frame["ours"].tolist()[-2:] == ["98.10 ± 0.10 (3)", "97.10 ± 0.10 (3)"] and frame["ours"][0] == "5.0 ± 5.0 (3)"
         assert frame["tensor"].tolist()[:-2] == [n for n, _ in create_model(TESTS[t].model).named_parameters()]
         frame = sharing_table(t)
-        assert len(frame) == 15 and frame["the seed"].tolist()[:5] == [PUBLISHED[t]["shared"][s][0] for s in TESTS[t].starts[:4]] + ["–"]
+        assert len(frame) == 15 and frame["the report"].tolist()[:5] == [PUBLISHED[t]["shared"][s][0] for s in TESTS[t].starts[:4]] + ["–"]
         assert set(frame["tuned − pruned net"]) == {"+0.00 [+0.00, +0.00] no difference seen"}
     frame = start_table(2)
     assert frame["shared only"].tolist()[:4] == [f"{d:+.2f} [{d:+.2f}, {d:+.2f}] worse" for d in (-4., -3., -2., -1.)]
     stage = {"accuracy": 98., "loss": .05}
-    kept["seed004-lenet-5-small"] = records("seed004-lenet-5-small", lambda k: dict(
+    kept["report004-lenet-5-small"] = records("report004-lenet-5-small", lambda k: dict(
         stages=dict.fromkeys(("dense", "cut", "pruned", "shared", "tuned"), stage), pruned=10_000 + k, pruned_bytes=9, file_bytes=7))
-    frame = seed004_table("seed004-lenet-5-small")
+    frame = report004_table("report004-lenet-5-small")
     assert frame["ours"].tolist()[:3] == ["98 ± 0 (3)", "10,001.0 ± 1.0 (3)", "98 ± 0 (3)"]
-    shown = [v for v in frame["the seed"] if v != "–"]
-    assert sorted(shown) == sorted(PUBLISHED_004["seed004-lenet-5-small"].values())
+    shown = [v for v in frame["the report"] if v != "–"]
+    assert sorted(shown) == sorted(PUBLISHED_004["report004-lenet-5-small"].values())
     arm = dict(bytes=100, nonzero=9, error_percent=2.)
     kept["rate-distortion-lenet-300-100"] = records("rate-distortion-lenet-300-100", lambda k: dict(
         arms={f"kmeans-{n}": arm for n in (32, 16, 8)}, priced=arm | {"bytes": 80 + k, "error_percent": 1.9}))
@@ -217,7 +217,7 @@ def test_tables_from_records(monkeypatch):
 
 def test_without_records_tables_say_so(tmp_path):
     pytest.importorskip("pandas")
-    frames = [pruning_table(1, tmp_path), sharing_table(2, tmp_path), seed004_table("seed004-lenet-300-100", tmp_path)]
+    frames = [pruning_table(1, tmp_path), sharing_table(2, tmp_path), report004_table("report004-lenet-300-100", tmp_path)]
     assert all(set(frame["ours"]) == {"not run yet"} for frame in frames)
     assert set(start_table(5, tmp_path)["tuned"]) == {"–"} and set(rate_distortion_table(tmp_path)["file, B"]) == {"not run yet"}
     assert _difference([], None, None) == "–"
@@ -225,8 +225,8 @@ def test_without_records_tables_say_so(tmp_path):
 
 def test_configurations_are_those_of_the_experiments():
     for t, config in TESTS.items():
-        assert find_experiment(f"seed003-test-{t}").configs == (config,)
+        assert find_experiment(f"report003-test-{t}").configs == (config,)
         assert set(PUBLISHED[t]["zeros"]) == {n for n, _ in create_model(config.model).named_parameters()}
         assert set(PUBLISHED[t]["shared"]) == set(config.starts) - {"optimal"}
-    assert find_experiment("seed004-lenet-5-small").configs == (LENET_5_SMALL,)
+    assert find_experiment("report004-lenet-5-small").configs == (LENET_5_SMALL,)
     assert find_experiment("rate-distortion-lenet-300-100").configs == (RateDistortion(),)
