@@ -14,11 +14,22 @@ from numba import njit
 from .core import BitstreamError
 from .entropy import read_varint, write_varint
 
-# %% ../nbs/32_arithmetic.ipynb #42bebfc9
+# %% ../nbs/32_arithmetic.ipynb #22801504
+def _compiled(**options):
+    "`njit` with `options` for a function that neither makes nor keeps an array: its references to them are not counted, if numba still has that switch."
+    def decorate(function):
+        try: return njit(_nrt=False, **options)(function)
+        except KeyError: return njit(**options)(function)
+    return decorate
+
+
+_inlined = _compiled(forceinline=True)
+
+# %% ../nbs/32_arithmetic.ipynb #406b0545
 _LOW, _RANGE, _CODE, _AT, _BYTE, _RUN = range(6)  # state of the coder: low end; range; value read; place in the data; the waiting byte, and how many wait
 
 
-@njit
+@_inlined
 def _move_byte_out(coder, data):
     "Take the top byte off the low end; bytes that a carry could still change wait."
     low = coder[_LOW]
@@ -32,7 +43,7 @@ def _move_byte_out(coder, data):
     coder[_LOW] = (low & 0xFFFFFF) << 8
 
 
-@njit(inline="always")
+@_inlined
 def _code_bit(coder, data, one, bit, reading):
     "Write `bit`, or read and return one; `one` is the chance of a 1 in 65,536ths, from 1 to 65,535. Beyond the end of the data are zeros."
     bound = (coder[_RANGE] >> 16) * one
@@ -50,7 +61,7 @@ def _code_bit(coder, data, one, bit, reading):
         else: _move_byte_out(coder, data)
     return bit
 
-# %% ../nbs/32_arithmetic.ipynb #a720a923
+# %% ../nbs/32_arithmetic.ipynb #8d9c98b8
 def _writer(size:int) -> tuple[np.ndarray, np.ndarray]:
     "A coder's state and room for `size` bytes. The first byte is always 0 and is not kept."
     return np.array([0, 0xFFFFFFFF, 0, 0, 0, 1], np.int64), np.zeros(size, np.uint8)
@@ -61,7 +72,7 @@ def _reader(data:bytes|memoryview) -> tuple[np.ndarray, np.ndarray]:
     return np.array([0, 0xFFFFFFFF, int.from_bytes(bytes(data[:4]).ljust(4, b"\0"), "big"), 4, 0, 1], np.int64), np.frombuffer(bytearray(data) or bytearray(1), np.uint8)
 
 
-@njit(cache=True)
+@_compiled(cache=True)
 def _flush(coder, data):
     "Move everything out."
     for _ in range(5): _move_byte_out(coder, data)
@@ -74,35 +85,35 @@ def _finish(coder:np.ndarray, data:np.ndarray) -> bytes:
     _flush(coder, data)
     return data[1:min(coder[_AT], data.size)].tobytes().rstrip(b"\0")
 
-# %% ../nbs/32_arithmetic.ipynb #f19c57f3
-_RATES = 655360 // (10 * np.arange(1024) + 18)  # @eq-arithmetic-adapt in 65,536ths
-_HALF = 1 << 31                                 # a new counter: probability one half, nothing seen
+# %% ../nbs/32_arithmetic.ipynb #797c400b
+_RATES = (655360 // (10 * np.arange(1024) + 18)).astype(np.uint16)  # @eq-arithmetic-adapt in 65,536ths
+_HALF = 1 << 31                                                     # a new counter: probability one half, nothing seen
 
 
-@njit
+@_inlined
 def _learn(counters, i, bit):
     "Move counter `i` towards `bit`."
     seen, chance = np.int64(counters[i]) & 1023, np.int64(counters[i]) >> 10
-    chance += ((bit << 22) - chance) * _RATES[seen] >> 16
+    chance += ((bit << 22) - chance) * np.int64(_RATES[seen]) >> 16
     counters[i] = chance << 10 | min(seen + 1, 1023)
 
-# %% ../nbs/32_arithmetic.ipynb #5ea55c34
-_STRETCH = np.rint(256 * np.log((np.arange(4096) + 0.5) / (4095.5 - np.arange(4096)))).astype(np.int64)              # probability in 4096ths -> 256 x
-_SQUASH = np.clip(np.rint(65536 / (1 + np.exp(-np.arange(-3071, 3072) / 256))), 1, 65535).astype(np.int64)           # 256 x + 3071 -> probability in 65,536ths
+# %% ../nbs/32_arithmetic.ipynb #55c26765
+_STRETCH = np.rint(256 * np.log((np.arange(4096) + 0.5) / (4095.5 - np.arange(4096)))).astype(np.int16)              # probability in 4096ths -> 256 x
+_SQUASH = np.clip(np.rint(65536 / (1 + np.exp(-np.arange(-3071, 3072) / 256))), 1, 65535).astype(np.uint16)          # 256 x + 3071 -> probability in 65,536ths
 _EQUAL = 22000                                                                                                       # a new weight, in 65,536ths
 
 
-@njit
+@_inlined
 def _limited(x, most):
     "The number nearest to `x` in [-most, most]."
     return min(max(x, -most), most)
 
 
-@njit(inline="always")
+@_inlined
 def _mixed_bit(coder, data, counters, i, j, k, weights, w, bit, reading):
     "Code a bit with the odds of counters `i`, `j` and `k`, mixed by three weights from `w` on; all of them learn (@eq-arithmetic-mix)."
-    a, b, c = _STRETCH[counters[i] >> 20], _STRETCH[counters[j] >> 20], _STRETCH[counters[k] >> 20]
-    one = _SQUASH[_limited((weights[w] * a + weights[w + 1] * b + weights[w + 2] * c) >> 16, 3071) + 3071]
+    a, b, c = np.int64(_STRETCH[counters[i] >> 20]), np.int64(_STRETCH[counters[j] >> 20]), np.int64(_STRETCH[counters[k] >> 20])
+    one = np.int64(_SQUASH[_limited((weights[w] * a + weights[w + 1] * b + weights[w + 2] * c) >> 16, 3071) + 3071])
     bit = _code_bit(coder, data, one, bit, reading)
     error = (bit << 16) - one
     weights[w] = _limited(weights[w] + (a * error >> 15), 1 << 19)
@@ -114,39 +125,39 @@ def _mixed_bit(coder, data, counters, i, j, k, weights, w, bit, reading):
     return bit
 
 
-@njit(inline="always")
+@_inlined
 def _plain_bit(coder, data, counters, i, bit, reading):
     "Code a bit with the odds of counter `i` alone, which learns."
     bit = _code_bit(coder, data, max(np.int64(counters[i]) >> 16, 1), bit, reading)
     _learn(counters, i, bit)
     return bit
 
-# %% ../nbs/32_arithmetic.ipynb #c5b66c3c
-_LENGTHS = np.array([i.bit_length() for i in range(4096)])
+# %% ../nbs/32_arithmetic.ipynb #f3ce2489
+_LENGTHS = np.array([i.bit_length() for i in range(4096)], np.uint8)
 
 
-@njit
+@_inlined
 def _length(x):
     "Binary digits of `x`, which is not negative."
     digits = 0
     while x > 4095: x, digits = x >> 12, digits + 12
-    return digits + _LENGTHS[x]
+    return digits + np.int64(_LENGTHS[x])
 
 
-@njit
+@_inlined
 def _sign(x):
     "0, 1 or 2 for zero, positive and negative."
     return (x > 0) + 2 * (x < 0)
 
 
-@njit
+@_inlined
 def _crowd(ones, seen):
     "The share of ones in 16 steps of a factor of two: 0 to 7 from one half down to almost none, 15 down to 8 from one half up to almost all."
     level = min(_length(2 * seen + 1) - _length(2 * min(ones, seen - ones) + 1), 7)
     return level if 2 * ones <= seen else 15 - level
 
-# %% ../nbs/32_arithmetic.ipynb #41a1c0bf
-@njit(inline="always")
+# %% ../nbs/32_arithmetic.ipynb #1ed725e2
+@_inlined
 def _code_flag(coder, data, counters, weights, here, near, i, stride, block, column, columns, row, flag, plain, reading):
     "Zero or not?"
     if plain: return _plain_bit(coder, data, counters, 0, flag, reading)
@@ -158,7 +169,7 @@ def _code_flag(coder, data, counters, weights, here, near, i, stride, block, col
     return _mixed_bit(coder, data, counters, around, 1024 + column, 1024 + columns + row, weights, w, flag, reading)
 
 
-@njit(inline="always")
+@_inlined
 def _code_positive(coder, data, counters, weights, here, i, stride, column, columns, row, positive, plain, reading):
     "Above zero or below?"
     if plain: return _plain_bit(coder, data, counters, 0, positive, reading)
@@ -167,10 +178,10 @@ def _code_positive(coder, data, counters, weights, here, i, stride, column, colu
     return _mixed_bit(coder, data, counters, around, 81 + column, 81 + columns + row, weights, 3 * ((left > 0) + (up > 0)), positive, reading)
 
 
-@njit(inline="always")
+@_inlined
 def _code_size(coder, data, counters, weights, here, i, stride, levels, positive, lately, size, plain, reading):
     "How many values lie between zero and this one: a number below `levels`, bit by bit from the top; a damaged message may give a larger one."
-    node, bits, span = 1, _length(max(levels - 1, 0)), counters.size // 74
+    node, bits, span = 1, _length(max(levels - 1, 0)), counters.size // (2 if plain else 74)
     around = 2 + min(_length(max(abs(here[i - 1]), abs(here[i - stride]))), 7)
     for b in range(bits - 1, -1, -1):
         first = positive * span + node
@@ -179,8 +190,8 @@ def _code_size(coder, data, counters, weights, here, i, stride, levels, positive
         node = 2 * node + bit
     return node - (1 << bits)
 
-# %% ../nbs/32_arithmetic.ipynb #ddfb5db8
-@njit(inline="always")
+# %% ../nbs/32_arithmetic.ipynb #1291ba7d
+@_inlined
 def _code_symbol(coder, data, flags, signs, sizes, flag_weights, sign_weights, size_weights,
                  here, near, i, stride, block, column, columns, row, ones, last, v, below, above, zero, plain, reading):
     "Code `v`, the steps from zero in the codebook, or read it. With no zero in the codebook, every value is above it."
@@ -200,7 +211,7 @@ def _code_symbol(coder, data, flags, signs, sizes, flag_weights, sign_weights, s
     return here[i]
 
 
-@njit(nogil=True, cache=True)
+@_compiled(nogil=True, cache=True)
 def _walk(symbols, coder, data, models, here, near, grid, k, zero, plain, reading):
     "Code all symbols, or read them; how many were coded: all, or fewer if the message is damaged."
     rows, images, height, width = grid
@@ -220,7 +231,7 @@ def _walk(symbols, coder, data, models, here, near, grid, k, zero, plain, readin
                 n, column, ones, last = n + 1, column + 1, ones + (v != 0), abs(v) if v else last
     return n
 
-# %% ../nbs/32_arithmetic.ipynb #4986c2b6
+# %% ../nbs/32_arithmetic.ipynb #9b962b6d
 def _grid(
     shape:tuple[int, ...],         # of the tensor, first axis = rows
     side:int,                      # of square images in the rows of a matrix; 1 = none
@@ -240,11 +251,11 @@ def _sides(shape:tuple[int, ...]) -> list[int]:
     return [side for side in range(3, int(shape[1]**0.5) + 1) if shape[1] % side**2 == 0]
 
 
-def _models(grid:tuple[int, int, int, int], k:int, zero:int) -> tuple[np.ndarray, ...]:
+def _models(grid:tuple[int, int, int, int], k:int, zero:int, plain:bool) -> tuple[np.ndarray, ...]:
     "New counters and weights for flags, signs and sizes."
     rows, images, height, width = grid
     each = rows + images * height * width
-    sizes = 74 << (max(zero, k - 1 - zero, 1) - 1).bit_length()
+    sizes = (2 if plain else 74) << (max(zero, k - 1 - zero, 1) - 1).bit_length()
     return *(np.full(n, _HALF, np.uint32) for n in (1024 + each, 81 + each, sizes)), *(np.full(n, _EQUAL, np.int64) for n in (18, 9, 51))
 
 
@@ -252,9 +263,9 @@ def _run(symbols:np.ndarray, coder:np.ndarray, data:np.ndarray, grid:tuple[int, 
     "Walk with new counters and maps."
     _, images, height, width = grid
     cells = (images + 1) * (height + 2) * (width + 3) + 2 * (width + 3)
-    return _walk(symbols, coder, data, _models(grid, k, zero), np.zeros(cells, np.int32), np.zeros(cells, np.int32), grid, k, zero, plain, reading)
+    return _walk(symbols, coder, data, _models(grid, k, zero, plain), np.zeros(cells, np.int32), np.zeros(cells, np.int32), grid, k, zero, plain, reading)
 
-# %% ../nbs/32_arithmetic.ipynb #445c8864
+# %% ../nbs/32_arithmetic.ipynb #2c1c8bdb
 _SAMPLE = 1 << 14  # symbols that are written on trial
 
 
@@ -277,8 +288,8 @@ def _sample(symbols:np.ndarray, shape:tuple[int, ...]) -> tuple[np.ndarray, tupl
 
 
 def _best_way(symbols:np.ndarray, k:int, shape:tuple[int, ...], zero:int) -> tuple[int, bytes]:
-    "The way that gives the shortest message, and that message: 0 is plain, 1 has contexts, more is the side of an image."
-    ways = (0, 1, *_sides(shape))
+    "The way that gives the shortest message, and that message: 0 is plain (and all that large codebooks get), 1 has contexts, more is the side of an image."
+    ways = (0, 1, *_sides(shape)) if k <= 1 << 12 else (0,)
     return min(((way, _write(symbols, k, _grid(shape, max(way, 1)), zero, way == 0)) for way in ways), key=lambda pair: (len(pair[1]), pair[0]))
 
 
