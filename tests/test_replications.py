@@ -11,6 +11,7 @@ from nncomp.core import count_parameters, named_weights
 from nncomp.data import Split, load_data
 from nncomp.models import create_model, model_input_shape
 from nncomp.replications import (
+    DEMO,
     LENET_5_SMALL,
     PUBLISHED,
     PUBLISHED_004,
@@ -18,6 +19,8 @@ from nncomp.replications import (
     Cut,
     CutBelow,
     FromPixels,
+    Lengths,
+    Moving,
     RateDistortion,
     Report003,
     Report004,
@@ -28,7 +31,9 @@ from nncomp.replications import (
     run_rate_distortion,
     run_report003,
     run_report004,
+    run_thresholds,
     report004_table,
+    share_and_move,
     share_and_tune,
     sharing_table,
     start_table,
@@ -38,7 +43,7 @@ from nncomp.results import Record, config_id, find_experiment
 from nncomp.training import evaluate, fit
 
 SMALL = Report003(dataset="digits", epochs=1, batch_size=256, cuts=(Cut(1, "std", (("fc1.weight", 1.), ("fc1.bias", 0.1))),), bits=(2,),
-                starts=("density", "optimal"), tune_images=300, tune_epochs=1)
+                starts=("density", "optimal"), tune_images=300, tune_epochs=(1,))
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +131,65 @@ def test_tuning_keeps_zeros_and_values(digits):
 
 def test_report003_remembers_and_files(tmp_path):
     metrics = run_report003(SMALL, 0, tmp_path, progress=False)
-    assert set(metrics["snapped"]) == set(metrics["tuned"]) == {"density-2", "optimal-2"}
+    assert set(metrics["snapped"]) == set(metrics["tuned"]) == set(metrics["moved"]) == {"density-2", "optimal-2"}
     assert metrics["zeros"]["fc1.weight"] > 235_200 / 2 and metrics["zeros"]["fc2.weight"] == 0
-    assert len(json.dumps(metrics | {"artefact": ""})) < 4000
-    (tmp_path / "density-2.json").write_text('{"snapped": 1.5, "tuned": 2.5}')
+    assert len(json.dumps(metrics)) < 4000 and "artefact" not in metrics   # the pruned net is too large to ship
+    assert set(metrics["lengths"]) == {"fc1.weight", "fc2.weight", "fc3.weight"} and metrics["lengths"]["fc1.weight"][1] < 1
+    (tmp_path / "density-2.json").write_text('{"snapped": 1.5, "tuned": 2.5, "moved": 3.5}')
     again = run_report003(SMALL, 0, tmp_path, progress=False)
-    assert again["snapped"]["density-2"] == 1.5 and again["tuned"]["optimal-2"] == metrics["tuned"]["optimal-2"]
-    net = load(metrics["artefact"], into=create_model(SMALL.model))
+    assert again["snapped"]["density-2"] == 1.5 and again["moved"]["density-2"] == 3.5 and again["tuned"]["optimal-2"] == metrics["tuned"]["optimal-2"]
+    net = load(tmp_path / "pruned.nncomp", into=create_model(SMALL.model))
     data = load_data("digits")
     assert evaluate(net, data.test).error_percent == metrics["file_error_percent"] == pytest.approx(100 - metrics["pruned_accuracy"])
+
+
+def test_each_number_of_bits_has_its_epochs(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nncomp.replications.share_and_tune", lambda *a, epochs, **k: (seen.append((a[2], epochs)), (1., 2., None))[1])
+    config = replace(SMALL, bits=(3, 2), starts=("optimal",), tune_epochs=(5, 7), move_bits=())
+    metrics = run_report003(config, 0, tmp_path, progress=False)
+    assert seen == [(3, 5), (2, 7)] and metrics["moved"] == {} and metrics["tuned"] == {"optimal-3": 2., "optimal-2": 2.}
+
+
+def test_moving_weights_end_as_shared_ones(digits):
+    torch.manual_seed(0)
+    net = create_model("lenet-5")
+    with torch.no_grad():
+        for name, w in named_weights(net).items():
+            w.mul_(w.abs() > w.std())
+        net.fc1.bias[:100] = 0
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    model = share_and_move(net, digits, 2, "forgy", epochs=2, batch_size=50)
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    assert [n for n, _ in model.named_parameters()] == list(before) and not hasattr(model.fc1, "parametrizations")
+    for name, p in model.named_parameters():
+        assert (p[before[name] == 0] == 0).all() and not torch.equal(p, before[name])
+        assert p.ndim == 1 or len(p.detach().unique()) <= 4
+    again = share_and_move(net, digits, 2, "forgy", epochs=2, batch_size=50)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_moving_weights_take_the_nearest_value():
+    weight, codebook = torch.randn(7, 5), torch.tensor([-0.8, 0., 0.3, 1.1])
+    weight[0] = 0
+    moving = Moving(weight, codebook)
+    nearest = codebook[(weight[..., None] - codebook).abs().argmin(-1)] * (weight != 0)
+    assert torch.equal(moving(weight), nearest)
+    with torch.no_grad():
+        moving.values.copy_(torch.tensor([0.5, 9., -0.5, 0.2]))    # values may pass each other; the entry zero does not move
+    codebook = torch.tensor([-0.5, 0., 0.2, 0.5])
+    assert torch.equal(moving(weight), codebook[(weight[..., None] - codebook).abs().argmin(-1)] * (weight != 0))
+
+
+def test_thresholds_go_on(tmp_path):
+    config = Lengths(batch_size=256, epochs=(1, 2), prune_epochs=1)
+    metrics = run_thresholds(config, 0, tmp_path, dataset="digits", progress=False)
+    assert metrics == run_thresholds(config, 0, tmp_path, dataset="digits", progress=False)      # from its checkpoints
+    assert list(metrics["lengths"]) == ["1", "2"] and metrics["zeros"]["fc1.weight"] > 235_200 / 2
+    largest, quarter, half = metrics["lengths"]["2"]
+    assert 0 < largest < 1 and 1 >= quarter >= half >= 0
+    unpruned = run_thresholds(replace(config, prune_epochs=0), 0, tmp_path, dataset="digits", progress=False)
+    assert unpruned["pruned_accuracy"] == unpruned["dense_accuracy"] == metrics["dense_accuracy"]
 
 
 def test_lenet_5_of_the_seed(digits, tmp_path):
@@ -228,5 +283,6 @@ def test_configurations_are_those_of_the_experiments():
         assert find_experiment(f"report003-test-{t}").configs == (config,)
         assert set(PUBLISHED[t]["zeros"]) == {n for n, _ in create_model(config.model).named_parameters()}
         assert set(PUBLISHED[t]["shared"]) == set(config.starts) - {"optimal"}
+    assert find_experiment("report000-demo").configs == (DEMO,)
     assert find_experiment("report004-lenet-5-small").configs == (LENET_5_SMALL,)
     assert find_experiment("rate-distortion-lenet-300-100").configs == (RateDistortion(),)
