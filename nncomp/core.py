@@ -40,14 +40,16 @@ def require(
         raise MissingExtraError(f"{module} is needed here and could not be imported ({error}); "
                                 f"install it with: pip install 'nncomp[{extra}]'") from error
 
-# %% ../nbs/00_core.ipynb #fa841f84
+# %% ../nbs/00_core.ipynb #3855ea25
 def check_fraction(
     value:float,          # the number to check
     name:str="sparsity",  # what to call it in the message
 ) -> float:               # the value, unchanged
-    "Return `value` if it lies in [0, 1]; a percentage or NaN is a `ValueError`."
-    if not 0 <= value <= 1: raise ValueError(f"{name} must lie in [0, 1], got {value}")
-    return float(value)
+    "Return `value` if it lies in [0, 1]; a percentage, NaN or what is not one number is a `ValueError`."
+    try: number = float("nan") if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError): number = float("nan")
+    if not 0 <= number <= 1: raise ValueError(f"{name} must lie in [0, 1], got {value!r:.60}")
+    return number
 
 # %% ../nbs/00_core.ipynb #5047b4a4
 def check_int(

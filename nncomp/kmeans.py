@@ -13,17 +13,30 @@ from torch import Tensor
 
 from .core import check_finite, check_int
 
-# %% ../nbs/20_kmeans.ipynb #0e158277
+# %% ../nbs/20_kmeans.ipynb #0903ca27
 def _tensor(array, name):
     "A tensor, detached, or a NumPy array as a tensor: without a copy where its layout allows."
-    if isinstance(array, Tensor): return array.detach()
+    if isinstance(array, Tensor):
+        if array.layout != torch.strided: raise ValueError(f"{name} must be a dense tensor, got one of layout {array.layout}; call to_dense() first")
+        return array.detach()
     array = np.asarray(array)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8: raise ValueError(f"{name} must be real numbers of at most 64 bits, got {array.dtype}")
     native, flags = array.dtype.newbyteorder("="), array.flags
     plain = array.size > 1 and array.dtype == native and flags.c_contiguous and flags.writeable
     return torch.from_numpy(array if plain else np.array(array, native, order="C"))
 
-# %% ../nbs/20_kmeans.ipynb #a149a3f1
+
+def _check_fit(values, codebook, assignments, weights):
+    "Refuse assignments or weights of another shape than `values`, and assignments that are no places of `codebook`."
+    for name, tensor in (("assignments", assignments), ("weights", weights)):
+        if tensor is not None and tensor.shape != values.shape:
+            raise ValueError(f"{name} must have the shape of values, {tuple(values.shape)}, got {tuple(tensor.shape)}")
+    if codebook.ndim != 1: raise ValueError(f"codebook must have one axis, got shape {tuple(codebook.shape)}")
+    if assignments.is_floating_point() or assignments.dtype == torch.bool: raise ValueError(f"assignments must be integers, got {assignments.dtype}")
+    if assignments.numel() and not 0 <= int(assignments.min()) <= int(assignments.max()) < len(codebook):
+        raise ValueError(f"assignments must lie in 0…{len(codebook) - 1}, got {int(assignments.min())}…{int(assignments.max())}")
+
+# %% ../nbs/20_kmeans.ipynb #3e578443
 def inertia(
     values:Tensor|np.ndarray,       # (...), float
     codebook:Tensor|np.ndarray,     # (k,), float
@@ -31,9 +44,11 @@ def inertia(
     weights:Tensor|np.ndarray|None=None,  # (...), importance of each value, ≥ 0; None = 1 each
 ) -> float:
     "Weighted sum of squared distances to the assigned centroids (@eq-kmeans-inertia), in float64."
-    values, codebook, assignments = (_tensor(t, "argument") for t in (values, codebook, assignments))
-    gap = (values.double() - codebook.double()[assignments])**2
-    return float((gap if weights is None else gap * _tensor(weights, "weights").to(gap.device)).sum())
+    values, codebook, assignments = _tensor(values, "values"), _tensor(codebook, "codebook"), _tensor(assignments, "assignments")
+    if weights is not None: weights = _tensor(weights, "weights").to(values.device)
+    _check_fit(values, codebook, assignments, weights)
+    gap = (values.double() - codebook.double()[assignments.long()])**2
+    return float((gap if weights is None else gap * weights).sum())
 
 # %% ../nbs/20_kmeans.ipynb #efa79c27
 @njit(cache=True, error_model="numpy")
@@ -237,7 +252,7 @@ def _start(points, mass, k, init, generator):
     if init == "forgy": return points[_forgy(mass, k, draws)]
     return points[_spread_out(np.sort(_plus_plus(points, mass, draws)), len(points))]
 
-# %% ../nbs/20_kmeans.ipynb #54dd30ee
+# %% ../nbs/20_kmeans.ipynb #6ac75c71
 @njit(cache=True, error_model="numpy")
 def _best_start(sums, best, low, high, j, total):
     "The start in low…high-1 from which a last interval up to `j` is cheapest, and the total with it; `total` is working space."
@@ -264,7 +279,7 @@ def _fill(sums, best, parent, done, last, price, total):
             best[j] += price
         step //= 2
 
-
+# %% ../nbs/20_kmeans.ipynb #ecb7ced4
 @njit(cache=True, error_model="numpy")
 def _extend(sums, best, parent, done, price):
     "Extend cheapest paths from the ends up to `done` to all others, block by block."
@@ -302,7 +317,12 @@ def _cheapest_path(points, mass, price):
         done = last
     return _trace(parent)
 
-# %% ../nbs/20_kmeans.ipynb #ba095ea7
+# %% ../nbs/20_kmeans.ipynb #2305b12a
+def _path_cost(points, mass, ends):
+    "Inertia of a partition into intervals with the given ends 0, …, m."
+    return _summary(points, mass, np.asarray(ends))[2].sum()
+
+
 def _splice(fewer, more, k):
     "A path of k intervals from one with fewer and one with more; their costs lie on one straight line, and so does its."
     shift = k - (len(fewer) - 1)
@@ -326,12 +346,7 @@ def _search(points, mass, k, price):
         if chord: price = (_path_cost(points, mass, fewer) - _path_cost(points, mass, more)) / (len(more) - len(fewer))
     return _splice(fewer, np.asarray(more), k), price
 
-
-def _path_cost(points, mass, ends):
-    "Inertia of a partition into intervals with the given ends 0, …, m."
-    return _summary(points, mass, np.asarray(ends))[2].sum()
-
-
+# %% ../nbs/20_kmeans.ipynb #a7c742d3
 def _edges(points, cells):
     "Ends 0, …, m of cells of neighbouring points: half of them equal in number of points, half in length."
     values = np.linspace(points[0], points[-1], cells // 2)
@@ -422,7 +437,7 @@ def _distinct(flat, weights):
     points += 0.                                        # turns minus zero into zero
     return points, mass
 
-# %% ../nbs/20_kmeans.ipynb #b89da1e6
+# %% ../nbs/20_kmeans.ipynb #005a0ee3
 @njit(cache=True)
 def _nearest_index(flat, cuts):
     "For each value the number of ascending `cuts` below it."
@@ -453,7 +468,7 @@ def _nearest(flat, codebook):
     for piece, out in zip(pieces, found.split(1 << 20)): out.copy_(table[piece] if half else torch.bucketize(piece.double(), cuts))
     return found
 
-
+# %% ../nbs/20_kmeans.ipynb #37547452
 def _centroids_(points, mass, k, init, generator):
     "At most k ascending float64 centroids of distinct ascending `points`, which are moved and scaled in place."
     if k < 1 and len(points): raise ValueError("keep_zero needs k of at least 2 where other values stand beside zero, got 1")
@@ -467,9 +482,15 @@ def _centroids_(points, mass, k, init, generator):
     else: ends = _lloyd(points, mass, _start(points, mass, k, init, generator))
     return origin + np.ldexp(_summary(points, mass, ends)[1], exponent)
 
-# %% ../nbs/20_kmeans.ipynb #8f0d317a
+# %% ../nbs/20_kmeans.ipynb #4eb546de
 _STARTS = ("optimal", "linear", "density", "forgy", "k-means++")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_start(init, generator):
+    "Refuse an unknown start, and what does not draw as a `torch.Generator` does."
+    if init not in _STARTS: raise ValueError(f"init must be one of {', '.join(_STARTS)}, got {init!r}")
+    if generator is not None and not isinstance(generator, torch.Generator): raise ValueError(f"generator must be a torch.Generator, got {type(generator)}")
 
 
 def _flat(array, name):
@@ -489,7 +510,7 @@ def _importance(weights, flat):
     if (weights < 0).any() or not (weights > 0).any(): raise ValueError("weights must be at least 0, and not all 0")
     return weights
 
-
+# %% ../nbs/20_kmeans.ipynb #58bb797a
 def _rounded(codebook, beside, dtype, zero):
     "The codebook as `dtype` stores it; where `zero` has an entry of its own, none else is zero: the value nearest `beside` it steps in."
     stored = torch.from_numpy(codebook).to(dtype).double().numpy()
@@ -502,7 +523,7 @@ def _insert_zero(codebook, found, flat):
     at = int(np.searchsorted(codebook, 0.))
     return np.insert(codebook, at, 0.), torch.where(flat == 0, at, found + (found >= at))
 
-# %% ../nbs/20_kmeans.ipynb #79dd0008
+# %% ../nbs/20_kmeans.ipynb #8c4684ab
 def kmeans_1d(
     values:Tensor|np.ndarray,      # (...), float16, bfloat16, float32 or float64; finite, not empty
     k:int,                         # most entries of the codebook, at least 1
@@ -513,9 +534,8 @@ def kmeans_1d(
     generator:torch.Generator|None=None,    # for "forgy" and "k-means++"; None = a fresh one with seed 0
 ) -> tuple[Tensor|np.ndarray, Tensor|np.ndarray]:  # codebook (≤ k,) ascending, dtype of `values`; assignments, int64, shape of `values`
     """Cluster scalars into at most `k` values (@eq-kmeans-inertia); k or fewer distinct values are their own codebook.
-    Integer, empty or non-finite values, an unknown `init` and negative weights are a `ValueError`."""
-    check_int(k, 1, name="k")
-    if init not in _STARTS: raise ValueError(f"init must be one of {', '.join(_STARTS)}, got {init!r}")
+    Integer, sparse, empty or non-finite values, an unknown `init` and negative weights are a `ValueError`."""
+    check_int(k, 1, name="k"), _check_start(init, generator)
     flat = _flat(values, "values")
     points, mass = _distinct(flat, _importance(weights, flat))
     at = int(np.searchsorted(points, 0.))

@@ -7,10 +7,12 @@ __all__ = ['hidden_layers', 'norm_scores', 'batch_norm_scores', 'ScalePenalty', 
            'mean_outputs', 'random_scores', 'keep_highest', 'remove_neurons', 'dead_neurons', 'remove_dead_neurons',
            'shrink', 'Half', 'half_without_retraining', 'prune_graph']
 
-# %% ../nbs/12_neurons.ipynb #9440a495
+# %% ../nbs/12_neurons.ipynb #484cf002
 import contextlib
 import copy
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,13 @@ from tqdm.auto import tqdm
 
 from .core import check_fraction, check_int, count_parameters, default_device, evaluating, named_weights, require
 from .data import Data, Split, load_data
-from .measure import count_macs, time_call
+from .measure import count_macs
 from .models import create_model, model_input_shape
 from .pruning import apply_masks_, drop_lowest, drop_lowest_global, global_magnitude_masks, random_mask
 from .results import experiment
 from .training import Callback, Run, evaluate, fit
 
-# %% ../nbs/12_neurons.ipynb #406852cf
+# %% ../nbs/12_neurons.ipynb #29e33261
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -45,7 +47,7 @@ def _refuse(name: str, reason: str):
     raise ValueError(f"{name} {reason}: units are followed through plain nn.Sequential networks of Linear, Conv, BatchNorm, activation, pooling and Flatten "
                      "layers. For residual connections, groups and other graphs use Torch-Pruning, by `prune_graph`")
 
-
+# %% ../nbs/12_neurons.ipynb #b569b62a
 def _chain(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     "The modules of a sequence with their names, in the order of the calls; sequences inside are opened."
     if type(model).forward is not nn.Sequential.forward: _refuse(prefix or "the model", f"is a {type(model).__name__}, not a sequence")
@@ -63,7 +65,7 @@ def _check_module(name: str, module: nn.Module, inside: bool) -> None:
     if getattr(module, "groups", 1) > 1: _refuse(name, f"has {module.groups} groups")
     if inside and type(module) is nn.Flatten and (module.start_dim, module.end_dim) != (1, -1): _refuse(name, "keeps more than the first axis")
 
-# %% ../nbs/12_neurons.ipynb #a1277da3
+# %% ../nbs/12_neurons.ipynb #c1be52d9
 @dataclass
 class _Site:
     "A hidden layer: the layer that computes its units, what sits behind, and the layer that reads them."
@@ -83,7 +85,7 @@ class _Site:
         w = self.following.weight.detach()
         return w.reshape(w.shape[0], self.units, -1)
 
-
+# %% ../nbs/12_neurons.ipynb #0c74e70f
 def _site(part: list[tuple[str, nn.Module]]) -> _Site:
     "The site of a stretch of the chain from one layer to the next."
     (name, layer), *between, (reader, following) = part
@@ -405,7 +407,7 @@ def shrink(
         widths.append(hidden_layers(model))
     return model, widths
 
-# %% ../nbs/12_neurons.ipynb #e5bd7865
+# %% ../nbs/12_neurons.ipynb #cbea9d88
 @dataclass(frozen=True)
 class Half:
     "A dense network, and how much of it is taken away without retraining."
@@ -416,6 +418,7 @@ class Half:
     batch_size:int = 128          # images a step
     images:int = 2000             # training images that the data-driven scores look at
     sparsities:tuple[float, ...] = (.1, .2, .3, .4, .5, .6, .7, .8, .9, .95)  # fractions to remove, beside none
+    repeats:int = 100             # forward passes timed for each network and batch size, at least 50
 
 
 def _cuts(model: nn.Module, images: Split, seed: int) -> dict[str, Callable[[float], nn.Module]]:
@@ -433,24 +436,30 @@ def _cuts(model: nn.Module, images: Split, seed: int) -> dict[str, Callable[[flo
             "neurons, norms": fewer(norms), "neurons, Taylor": fewer(taylor), "neurons, Taylor and means": fewer(taylor, means),
             "neurons, random": fewer(chance)}
 
-
-def _milliseconds(models: Mapping[str, nn.Module], shape: tuple[int, ...], batch: int) -> dict[str, float]:
-    "Time of one batch, by name: the best of three medians, the networks taking turns."
+# %% ../nbs/12_neurons.ipynb #a9d642fb
+def _milliseconds(models: Mapping[str, nn.Module], shape: tuple[int, ...], batch: int, repeats: int) -> dict[str, dict[str, float]]:
+    "Quartiles and median of the time of one batch, by name; the networks take turns, and five calls of each warm up."
     x = torch.zeros(batch, *shape, device=next(p.device for m in models.values() for p in m.parameters()))
-    best = dict.fromkeys(models, math.inf)
-    for _ in range(3):
-        for name, model in models.items():
-            with evaluating(model): best[name] = min(best[name], 1e3 * time_call(lambda: model(x), warmup=3, repeats=20).median)
-    return best
+    wait, times = getattr(torch, x.device.type).synchronize, {name: [] for name in models}
+    with contextlib.ExitStack() as stack:
+        for model in models.values(): stack.enter_context(evaluating(model))
+        for _ in range(5 + check_int(repeats, 50, name="repeats")):
+            for name, model in models.items():
+                wait()
+                start = time.perf_counter()
+                model(x)
+                wait()
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: dict(zip(("q1", "median", "q3"), statistics.quantiles(t[5:], n=4, method="inclusive"))) for name, t in times.items()}
 
-# %% ../nbs/12_neurons.ipynb #fe160855
-def _costs(models: Mapping[str, nn.Module], shape: tuple[int, ...]) -> dict[str, dict]:
+
+def _costs(models: Mapping[str, nn.Module], shape: tuple[int, ...], repeats: int) -> dict[str, dict]:
     "Parameters, multiply-accumulates and milliseconds of each network."
-    one, many = _milliseconds(models, shape, 1), _milliseconds(models, shape, 256)
+    one, many = _milliseconds(models, shape, 1, repeats), _milliseconds(models, shape, 256, repeats)
     return {name: {"parameters": count_parameters(m), "macs": sum(count_macs(m, shape).values()), "ms_1": one[name], "ms_256": many[name]}
             for name, m in models.items()}
 
-
+# %% ../nbs/12_neurons.ipynb #5facaa3c
 @experiment("half-without-retraining", configs=(Half(), Half(model="lenet-5", epochs=2)))
 def half_without_retraining(config:Half, seed:int, folder:Path) -> dict:
     "Connections and neurons removed from MNIST networks, nothing retrained. `nncomp reproduce half-without-retraining`; two networks, about two minutes a seed on one CPU core."
@@ -467,7 +476,8 @@ def half_without_retraining(config:Half, seed:int, folder:Path) -> dict:
                 bar.update()
     halves = {"dense": model, "half of the connections": cuts["connections, magnitude"](.5), "half of the neurons": cuts["neurons, Taylor"](.5)}
     return dict(model=config.model, dataset=config.dataset, test_images=dense.n, dense_error_percent=dense.error_percent, error_percent=errors,
-                units=hidden_layers(model), costs=_costs(halves, data.input_shape))
+                units=hidden_layers(model), costs=_costs(halves, data.input_shape, config.repeats),
+                timing=dict(warmup=5, repeats=config.repeats, threads=torch.get_num_threads(), device=device.type))
 
 # %% ../nbs/12_neurons.ipynb #6243573b
 def _outputs(model: nn.Module, outputs: Sequence[str] | None) -> list[nn.Module]:

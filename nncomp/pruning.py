@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['drop_lowest', 'magnitude_mask', 'drop_lowest_global', 'global_magnitude_masks', 'threshold_mask',
            'std_threshold_mask', 'std_threshold_masks', 'threshold_masks', 'random_mask', 'n_m_mask',
-           'first_order_scores', 'apply_masks_', 'MaskCallback', 'finalize_pruning', 'to_csr', 'from_csr', 'csr_bytes']
+           'first_order_scores', 'fisher_scores', 'apply_masks_', 'MaskCallback', 'hold_masks', 'finalize_pruning',
+           'to_csr', 'from_csr', 'csr_bytes']
 
-# %% ../nbs/10_pruning.ipynb #1ba769a2
+# %% ../nbs/10_pruning.ipynb #30b6e5f0
+import contextlib
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,10 +25,16 @@ from torch.nn.utils import prune
 from .core import check_finite, check_fraction, check_int, evaluating, named_weights
 from .training import Callback, Run
 
-# %% ../nbs/10_pruning.ipynb #cc1d6702
+# %% ../nbs/10_pruning.ipynb #62945255
 def _wide(values: Tensor) -> Tensor:
     "Detached `values` in float32, or float64 where they are: exact from the half types, so the order stays."
     return values.detach() if values.dtype == torch.float64 else values.detach().float()
+
+
+def _floating(weight: Tensor, name: str) -> Tensor:
+    "`weight`, or ValueError where it is not floating or holds NaN or infinity."
+    if not weight.is_floating_point(): raise ValueError(f"{name} must be floating, got {weight.dtype}")
+    return check_finite(weight, name)
 
 
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
@@ -50,7 +60,7 @@ def drop_lowest(
         mask[at_cut[n_drop - int((flat < cut).sum()):]] = True
     return mask.view(scores.shape)
 
-# %% ../nbs/10_pruning.ipynb #0775dec0
+# %% ../nbs/10_pruning.ipynb #a22054f7
 def magnitude_mask(
     weight:Tensor,      # (...), floating, finite
     sparsity:float,     # fraction of entries to drop, in [0, 1]
@@ -58,11 +68,10 @@ def magnitude_mask(
     name:str="weight",  # tensor name for the message
 ) -> Tensor:            # bool, shape and device of `weight`; True = keep
     "Mask that drops the round(sparsity · n) smallest-magnitude entries (Han et al. 2015, sec. 3; @eq-pruning-magnitude)."
-    check_fraction(sparsity)
-    check_finite(weight, name)
-    return drop_lowest(weight.detach().abs(), round(sparsity * weight.numel()))
+    check_fraction(sparsity, f"sparsity of {name}")
+    return drop_lowest(_floating(weight, name).detach().abs(), round(sparsity * weight.numel()))
 
-# %% ../nbs/10_pruning.ipynb #abfb95c1
+# %% ../nbs/10_pruning.ipynb #240ac4c9
 def _protect(scores: Tensor, floor: float) -> Tensor:
     "`scores` with the largest ceil(floor · n) raised to infinity; what was dropped before (-inf) is never raised."
     keep = math.ceil(floor * scores.numel() - 1e-9)          # 0.07 · 100 is a hair above 7 in floating point
@@ -75,7 +84,13 @@ def _some(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if sum(w.numel() for w in weights.values()): return weights
     raise ValueError("there is nothing to prune: no floating tensor of rank two or more with entries")
 
-# %% ../nbs/10_pruning.ipynb #7dcef2d2
+
+def _alive(name: str, mask: Tensor, rule: str) -> Tensor:
+    "`mask`, or ValueError where it leaves nothing of a weight tensor."
+    if mask.ndim < 2 or not mask.numel() or mask.any(): return mask
+    raise ValueError(f"{rule} removes all {mask.numel()} entries of {name}, and no signal passes any more; ask for less, leave it out, or keep some by a floor")
+
+# %% ../nbs/10_pruning.ipynb #2490d039
 def drop_lowest_global(
     scores:Mapping[str,Tensor],  # name -> scores, floating, any shapes; larger = keep; -inf = dropped before
     n_drop:int,                  # how many entries to drop in all, in 0…n
@@ -92,12 +107,9 @@ def drop_lowest_global(
     if floor and n_drop > free: raise ValueError(f"floor {floor} protects {total - free} of {total} weights, so {n_drop} cannot be dropped")
     parts = drop_lowest(flat, n_drop).split([s.numel() for s in scores.values()])
     masks = {name: part.view(s.shape).to(s.device) for (name, s), part in zip(scores.items(), parts)}
-    for name, mask in masks.items():
-        if n_drop < total and mask.numel() and not mask.any():
-            warnings.warn(f"{name} loses all of its {mask.numel()} entries; a floor above 0 would keep the largest", stacklevel=2)
-    return masks
+    return {name: _alive(name, mask, f"dropping {n_drop} of {total} entries over all tensors") for name, mask in masks.items()}
 
-# %% ../nbs/10_pruning.ipynb #077bd78f
+# %% ../nbs/10_pruning.ipynb #56f0d036
 def global_magnitude_masks(
     weights:Mapping[str,Tensor],  # name -> weight, floating, finite; such as `named_weights(model)`
     sparsity:float,               # fraction of all entries together to drop, in [0, 1]
@@ -106,10 +118,10 @@ def global_magnitude_masks(
 ) -> dict[str,Tensor]:            # name -> bool mask, True = keep
     "Masks that drop the round(sparsity · n) smallest magnitudes of all tensors ranked together (@eq-pruning-magnitude)."
     check_fraction(sparsity)
-    scores = {name: check_finite(w, name).detach().abs() for name, w in weights.items()}
+    scores = {name: _floating(w, name).detach().abs() for name, w in weights.items()}
     return drop_lowest_global(scores, round(sparsity * sum(w.numel() for w in weights.values())), floor=floor)
 
-# %% ../nbs/10_pruning.ipynb #84cd0dae
+# %% ../nbs/10_pruning.ipynb #b2b6369c
 def threshold_mask(
     weight:Tensor,      # (...), floating, finite
     threshold:float,    # in the weight's units, at least 0, finite
@@ -118,9 +130,9 @@ def threshold_mask(
 ) -> Tensor:            # bool, shape and device of `weight`; True = keep
     "Mask that keeps every entry of magnitude at least `threshold`; half types are compared in float32."
     if not 0 <= threshold < math.inf: raise ValueError(f"threshold must be finite and at least 0, got {threshold} for {name}")
-    return _wide(check_finite(weight, name)).abs() >= threshold
+    return _wide(_floating(weight, name)).abs() >= threshold
 
-# %% ../nbs/10_pruning.ipynb #44b8293d
+# %% ../nbs/10_pruning.ipynb #657cc2e3
 def std_threshold_mask(
     weight:Tensor,      # (...), floating, finite
     quality:float,      # threshold in standard deviations of `weight`, above 0, finite
@@ -129,22 +141,16 @@ def std_threshold_mask(
 ) -> Tensor:            # bool, shape and device of `weight`; True = keep
     "Mask that keeps every entry of magnitude at least quality · σ (Han et al. 2015, sec. 4; @eq-pruning-quality)."
     if not 0 < quality < math.inf: raise ValueError(f"quality must be finite and above 0, got {quality} for {name}; to spare a tensor, leave it out")
-    sigma = float(_wide(check_finite(weight, name)).std(correction=0)) if weight.numel() else 0.0
+    sigma = float(_wide(_floating(weight, name)).std(correction=0)) if weight.numel() else 0.0
     return threshold_mask(weight, quality * sigma, name=name)
 
-# %% ../nbs/10_pruning.ipynb #a697eaef
+# %% ../nbs/10_pruning.ipynb #673e20fe
 def _owned(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     "The floating parameters of those names; one ValueError lists those that `model` does not have."
     owned = dict(model.named_parameters(remove_duplicate=False))
     wrong = [name for name in names if name not in owned]
     if wrong: raise ValueError(f"not a parameter of the model: {', '.join(wrong)}; it has {', '.join(owned) or 'none'}")
     return _some({name: owned[name] for name in names})
-
-
-def _alive(name: str, mask: Tensor, rule: str) -> Tensor:
-    "`mask`, or ValueError where it leaves nothing of a weight tensor."
-    if mask.ndim < 2 or not mask.numel() or mask.any(): return mask
-    raise ValueError(f"{rule} removes all {mask.numel()} entries of {name}, and no signal passes any more; ask for less of it, or leave it out")
 
 # %% ../nbs/10_pruning.ipynb #22558ba8
 def std_threshold_masks(
@@ -179,19 +185,20 @@ def random_mask(
     mask[order[:round(check_fraction(sparsity) * n)]] = False
     return mask.view(weight.shape).to(weight.device)
 
-# %% ../nbs/10_pruning.ipynb #c0591b85
+# %% ../nbs/10_pruning.ipynb #33fc4098
 def n_m_mask(
     weight:Tensor,  # (...), floating, finite, of rank 2 or more
-    n:int=2,        # how many of each group stay, in 0…m
+    n:int=2,        # how many of each group stay, in 1…m
     m:int=4,        # group size; divides the length of `dim`
     *,
     dim:int=1,      # the dimension along which neighbours form groups; 1 = inputs of Linear and Conv layers
 ) -> Tensor:        # bool, shape and device of `weight`; True = keep
     "N:M mask: of every `m` neighbours along `dim`, the `n` of largest magnitude stay (Mishra et al. 2021)."
     check_int(m, 1, name="m")
-    check_int(n, 0, m, "n")
-    if weight.ndim < 2 or weight.shape[dim] % m: raise ValueError(f"dimension {dim} of shape {tuple(weight.shape)} does not divide into groups of {m}")
-    last = check_finite(weight, "weight").detach().abs().movedim(dim, -1)
+    check_int(n, 1, m, "n")
+    if weight.ndim < 2 or not -weight.ndim <= dim < weight.ndim: raise ValueError(f"a weight of shape {tuple(weight.shape)} has no dimension {dim} to group along; it needs rank 2 or more")
+    if weight.shape[dim] % m: raise ValueError(f"dimension {dim} of shape {tuple(weight.shape)} does not divide into groups of {m}")
+    last = _floating(weight, "weight").detach().abs().movedim(dim, -1)
     groups = last.reshape(*last.shape[:-1], -1, m)
     order = groups.argsort(dim=-1, stable=True)[..., :m - n]
     return torch.ones_like(groups, dtype=torch.bool).scatter(-1, order, False).reshape(last.shape).movedim(-1, dim)
@@ -215,6 +222,18 @@ def first_order_scores(
             count += 1
     if not count: raise ValueError("there are no batches to take gradients on")
     return {name: check_finite(s / count, f"the score of {name}") for name, s in scores.items()}
+
+# %% ../nbs/10_pruning.ipynb #32ba91b8
+def fisher_scores(
+    weights:Mapping[str,Tensor],  # name -> weight, floating, finite, any shapes
+    squares:Mapping[str,Tensor],  # name -> mean squared gradient of the same shape, at least 0; such as Adam's `exp_avg_sq`
+) -> dict[str,Tensor]:            # name -> scores of its shape, at least 0, float32 or wider; larger = keep
+    "Second-order saliency |w| √E[g²] (LeCun et al. 1989; Theis et al. 2018; @eq-pruning-fisher); ValueError where `squares` do not fit."
+    for name, w in _some(weights).items():
+        if name not in squares: raise ValueError(f"{name} has no squared gradients; it has to be trained, or left out")
+        if squares[name].shape != w.shape: raise ValueError(f"{name} has shape {tuple(w.shape)}, its squared gradients {tuple(squares[name].shape)}")
+        if (check_finite(squares[name], f"the squared gradient of {name}") < 0).any(): raise ValueError(f"a squared gradient of {name} is below 0")
+    return {name: _wide(check_finite(w, name)).abs() * _wide(squares[name]).sqrt() for name, w in weights.items()}
 
 # %% ../nbs/10_pruning.ipynb #73db0c76
 def _fitting(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -259,13 +278,18 @@ def _clear_(values: Tensor, bits: Tensor) -> None:
     "Turn dropped entries into +0.0, whatever they were."
     values.view(bits.dtype).bitwise_and_(bits)
 
-# %% ../nbs/10_pruning.ipynb #60ff7ccc
+# %% ../nbs/10_pruning.ipynb #9d59d637
 class MaskCallback(Callback):
     "Keep the weights dropped by `masks` at exactly 0.0 while `fit` trains the others, through checkpoint and resume."
     def __init__(
         self,
         masks:Mapping[str,Tensor],  # parameter name -> bool mask of its shape, on any device; True = keep
     ): self.masks, self._bits = {name: mask.detach().clone() for name, mask in masks.items()}, {}
+
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for name, mask in sorted(self.masks.items()): digest.update(name.encode() + np.packbits(mask.cpu().numpy()).tobytes())
+        return digest.hexdigest()[:12]
 
     def before_fit(self, run:Run) -> None:
         _fitting(run.model, self.masks)
@@ -299,6 +323,19 @@ class MaskCallback(Callback):
             if known is None or known[0] is not mask or known[1] != (mask._version, p.dtype):
                 known = self._bits[name] = mask, (mask._version, p.dtype), _as_bits(mask, p)
             yield p, known[2]
+
+# %% ../nbs/10_pruning.ipynb #ad34fbd2
+def hold_masks(
+    model:nn.Module,                  # its dropped weights become zeros now
+    optimizer:torch.optim.Optimizer,  # of its parameters; what it remembers of dropped weights is cleared
+    masks:Mapping[str,Tensor],        # parameter name -> bool mask of its shape, on any device; True = keep
+) -> contextlib.ExitStack:            # lets go on `close()`, or as a context manager
+    "Keep the weights dropped by `masks` at exactly 0.0 through every `optimizer.step()`, outside of `fit`."
+    held, run, hooks = MaskCallback(masks), SimpleNamespace(model=model, optimizer=optimizer), contextlib.ExitStack()
+    held.before_fit(run)
+    hooks.callback(optimizer.register_step_pre_hook(lambda *_: held.after_backward(run)).remove)
+    hooks.callback(optimizer.register_step_post_hook(lambda *_: held.after_step(run)).remove)
+    return hooks
 
 # %% ../nbs/10_pruning.ipynb #89e15b3a
 def finalize_pruning(

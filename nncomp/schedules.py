@@ -9,7 +9,7 @@ __all__ = ['cubic_sparsity', 'grow_masks', 'Pruner', 'iterative_prune', 'alterna
            'dropout_ablation', 'NormRecalibration', 'norm_recalibration', 'Sparsest', 'SparsestLeNet5',
            'sparsest_lenet_300_100', 'sparsest_lenet_5']
 
-# %% ../nbs/11_schedules.ipynb #ae42c58d
+# %% ../nbs/11_schedules.ipynb #d2b062b4
 import copy
 import functools
 import json
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .core import atomic_path, check_finite, check_fraction, check_int, count_nonzero, evaluating, named_weights, require, seed_everything
 from .data import Batches, Data, Split, load_data, random_affine
 from .models import create_model, mlp, model_input_shape
-from .pruning import MaskCallback, apply_masks_, drop_lowest_global, first_order_scores, magnitude_mask, random_mask
+from .pruning import MaskCallback, _fitting, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
 from .results import experiment
 from .training import Callback, Run, evaluate, fit
 
@@ -41,7 +41,7 @@ def cubic_sparsity(
     check_fraction(initial, "initial")
     return final + (initial - final) * (1 - progress)**3
 
-# %% ../nbs/11_schedules.ipynb #809a418a
+# %% ../nbs/11_schedules.ipynb #54326fd7
 def _targets(model: nn.Module, sparsity: float | Mapping[str, float], scope: str, floor: float) -> dict[str, float]:
     "Parameter name -> sparsity in [0, 1 - floor], checked against `model`."
     if scope not in ("layer", "global"): raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
@@ -63,7 +63,16 @@ def _drop_more(scores: Mapping[str, Tensor], sparsity: float, floor: float) -> d
     before = sum(int((s == -math.inf).sum()) for s in scores.values())
     return drop_lowest_global(scores, max(before, min(round(sparsity * total), total - least)), floor=floor)
 
-# %% ../nbs/11_schedules.ipynb #60c58eee
+
+def _ranks(name: str, p: Tensor, scores: Mapping[str, Tensor] | None) -> Tensor:
+    "The finite scores of a parameter: its magnitudes where none are given."
+    if scores is None: return check_finite(p, name).detach().abs()
+    if name not in scores or scores[name].shape != p.shape:
+        found = f"they have shape {tuple(scores[name].shape)}" if name in scores else "there are none"
+        raise ValueError(f"{name} needs scores of shape {tuple(p.shape)}, and {found}")
+    return check_finite(scores[name], f"the score of {name}").detach().to(p.device)
+
+# %% ../nbs/11_schedules.ipynb #34ae3eb0
 def grow_masks(
     model:nn.Module,                     # read only
     sparsity:float|Mapping[str,float],   # in [0, 1): of every weight tensor, or by parameter name
@@ -71,23 +80,38 @@ def grow_masks(
     *,
     scope:str="layer",                   # "layer": each tensor reaches `sparsity`; "global": all together, ranked jointly
     floor:float=0.001,                   # least density of each tensor, in [0, 1]; above 0, at least one entry stays
+    scores:Mapping[str,Tensor]|None=None, # parameter name -> what to rank by, finite, larger = keep; None = magnitudes
 ) -> dict[str,Tensor]:                   # parameter name -> bool mask, contained in `masks` where there is one
-    "Masks at `sparsity` that drop the smallest magnitudes, and everything that `masks` drop already."
+    "Masks at `sparsity` that drop the smallest magnitudes or `scores`, and everything that `masks` drop already."
     masks = dict(masks or {})
+    _fitting(model, masks)
     targets = _targets(model, sparsity, scope, floor)
-    scores = {}
+    ranked = {}
     for name in targets:
         p = model.get_parameter(name)
         gone = ~masks[name].to(p.device) if name in masks else torch.zeros_like(p, dtype=torch.bool)
-        scores[name] = check_finite(p, name).detach().abs().masked_fill(gone, -math.inf)
-    if scope == "global": return masks | _drop_more(scores, next(iter(targets.values())), floor)
-    for name, s in targets.items(): masks |= _drop_more({name: scores[name]}, s, floor)
+        ranked[name] = _ranks(name, p, scores).masked_fill(gone, -math.inf)
+    if scope == "global": return masks | _drop_more(ranked, next(iter(targets.values())), floor)
+    for name, s in targets.items(): masks |= _drop_more({name: ranked[name]}, s, floor)
     return masks
 
-# %% ../nbs/11_schedules.ipynb #81d2cd27
+# %% ../nbs/11_schedules.ipynb #50ff2201
 _SHAPES = {"cubic": cubic_sparsity, "linear": lambda progress, final: progress * final, "one-shot": lambda progress, final: final}
 
-# %% ../nbs/11_schedules.ipynb #c840f39b
+
+def _need_adam(optimizer: torch.optim.Optimizer) -> None:
+    "ValueError where the optimizer averages no squared gradients."
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)): return
+    raise ValueError(f"score='fisher' reads the squared gradients that adam and adamw average; {type(optimizer).__name__} does not")
+
+
+def _adam_scores(run: Run, names: Iterable[str]) -> dict[str, Tensor]:
+    "`fisher_scores` of these parameters, by the optimizer's running means."
+    weights = {name: run.model.get_parameter(name) for name in names}
+    states = {name: run.optimizer.state.get(p, {}) for name, p in weights.items()}
+    return fisher_scores(weights, {name: state["exp_avg_sq"] for name, state in states.items() if "exp_avg_sq" in state})
+
+# %% ../nbs/11_schedules.ipynb #c2f9b464
 class Pruner(MaskCallback):
     "Prune while `fit` runs; `.masks` hold what is kept, and at the end of the run the model holds plain zeros (@eq-schedules-cubic)."
     def __init__(
@@ -100,19 +124,23 @@ class Pruner(MaskCallback):
         every:int=20,          # steps between two updates of the masks
         scope:str="layer",     # as in `grow_masks`
         floor:float=0.001,     # as in `grow_masks`
+        score:str="magnitude", # "magnitude", or "fisher": `fisher_scores`, with optimizer "adam" or "adamw"
     ):
         super().__init__({})
+        for s in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: check_fraction(s, "sparsity")
+        if score not in ("magnitude", "fisher"): raise ValueError(f"score must be 'magnitude' or 'fisher', got {score!r}")
         if schedule not in _SHAPES: raise ValueError(f"schedule must be one of {', '.join(_SHAPES)}, got {schedule!r}")
         self.begin, self.end = check_fraction(begin, "begin"), begin if schedule == "one-shot" else check_fraction(end, "end")
         if self.end < self.begin: raise ValueError(f"end must not come before begin, got {begin} and {end}")
         self.sparsity, self.schedule, self.every = sparsity, schedule, check_int(every, 1, name="every")
-        self.scope, self.floor, self.done = scope, floor, False
+        self.scope, self.floor, self.score, self.done = scope, floor, score, False
 
     def identity(self) -> str:
-        return str((self.sparsity, self.schedule, self.begin, self.end, self.every, self.scope, self.floor))
+        return str((self.sparsity, self.schedule, self.begin, self.end, self.every, self.scope, self.floor)) + self.score.removeprefix("magnitude")
 
     def before_fit(self, run:Run) -> None:
         _targets(run.model, self.sparsity, self.scope, self.floor)
+        if self.score == "fisher": _need_adam(run.optimizer)
         self.done = False
         super().before_fit(run)
         self._advance(run)
@@ -123,11 +151,13 @@ class Pruner(MaskCallback):
 
     def _advance(self, run):
         now = run.step / max(run.total_steps, 1)
+        if self.score == "fisher" and not run.optimizer.state: return            # before the first step
         if self.done or now < self.begin or (now < self.end and run.step % self.every): return
         progress = 1.0 if now >= self.end else (now - self.begin) / (self.end - self.begin)
         reach = lambda final: _SHAPES[self.schedule](progress, final)
         goal = {n: reach(s) for n, s in self.sparsity.items()} if isinstance(self.sparsity, Mapping) else reach(self.sparsity)
-        self.masks = grow_masks(run.model, goal, self.masks, scope=self.scope, floor=self.floor)
+        scores = _adam_scores(run, goal if isinstance(goal, dict) else named_weights(run.model)) if self.score == "fisher" else None
+        self.masks = grow_masks(run.model, goal, self.masks, scope=self.scope, floor=self.floor, scores=scores)
         self.done = progress == 1
         self.clear(run)
 
@@ -151,7 +181,7 @@ def _overall(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
     tensors = named_weights(model) | {name: model.get_parameter(name) for name in masks}
     return 1 - count_nonzero(tensors.values()) / sum(t.numel() for t in tensors.values())
 
-# %% ../nbs/11_schedules.ipynb #666407dd
+# %% ../nbs/11_schedules.ipynb #480e8a13
 def iterative_prune(
     model:nn.Module,  # trained; changed in place
     data,             # `data.Data`; its validation part is measured
@@ -178,6 +208,7 @@ def iterative_prune(
     progress:bool=True,
 ) -> tuple[dict[str,Tensor], list[dict]]:  # the masks, and per round: round, sparsity of all weight tensors, accuracy before and after retraining
     "Prune, retrain, and repeat (Han et al. 2015, sec. 3.4)."
+    if not steps: raise ValueError("steps is empty: give the sparsity after each round, such as [0.5, 0.8, 0.9]")
     masks, rounds, folder = {}, [], None if checkpoint is None else Path(checkpoint)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
     for i, target in enumerate(steps, start=1):
@@ -191,19 +222,20 @@ def iterative_prune(
         rounds.append({"round": i, "sparsity": _overall(model, masks), "pruned_accuracy": hold.cut, "accuracy": healed.accuracy})
     return masks, rounds
 
-# %% ../nbs/11_schedules.ipynb #f71549c3
+# %% ../nbs/11_schedules.ipynb #13ac8833
 def alternating_steps(
     model:nn.Module,                   # read only
     sparsities:Iterable[float|Mapping[str,float]],  # reached by both kinds in turn, each in [0, 1), or by weight name
 ) -> list[dict[str,float]]:            # for `iterative_prune`: by name, two rounds per sparsity
     "Rounds in which only the convolutions (rank above 2), then only the dense layers are pruned (Han et al. 2015, sec. 3.3)."
-    weights = named_weights(model)
+    weights, sparsities = named_weights(model), list(sparsities)
+    for s in sparsities: _targets(model, s, "layer", 0.0)
     kinds = [[name for name, w in weights.items() if (w.ndim > 2) == is_conv] for is_conv in (True, False)]
     by_name = [s if isinstance(s, Mapping) else dict.fromkeys(weights, s) for s in sparsities]
     rounds = [{name: s[name] for name in names if name in s} for s in by_name for names in kinds]
     return [targets for targets in rounds if targets]
 
-# %% ../nbs/11_schedules.ipynb #ef9b3740
+# %% ../nbs/11_schedules.ipynb #83fdb155
 def sensitivity_scan(
     model:nn.Module,  # put back bit for bit, even after an error
     data,             # `data.Data` (its validation part is used), a split, or batches that can be iterated many times
@@ -215,7 +247,7 @@ def sensitivity_scan(
     "Accuracy and loss with one tensor at a time pruned by magnitude, no retraining (as Han et al. 2015, sec. 5)."
     split = getattr(data, "valid", data)
     if isinstance(split, Iterator): raise ValueError("data is an iterator, used up after one evaluation; give a list or a loader")
-    chosen, rows = named_weights(model) if names is None else {name: model.get_parameter(name) for name in names}, []
+    chosen, rows = named_weights(model) if names is None else names and _owned(model, names), []
     if not chosen: raise ValueError("nothing to scan: the model has no weight tensor, or no name was given")
     for name, p in chosen.items():
         original = p.detach().clone()
@@ -265,11 +297,11 @@ def scaled_dropout(
     check_int(connections_after, 0, connections_before, "connections_after")
     return rate * math.sqrt(connections_after / connections_before)
 
-# %% ../nbs/11_schedules.ipynb #6b1a98fc
+# %% ../nbs/11_schedules.ipynb #30669f05
 def dropout_feeds(
     model:nn.Module,    # read only
 ) -> dict[str,str]:     # name of each dropout layer -> name of the weight behind it
-    "Which weight each dropout layer feeds: the next one of rank 2 or more, in order of definition; without one it is left out."
+    "Which weight each dropout layer feeds: the next one of rank 2 or more in order of *definition*; a model that runs in another order needs `feeds` by hand."
     feeds, waiting = {}, []
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd): waiting.append(name)
@@ -293,6 +325,9 @@ class DropoutRule(Callback):
 
     def before_fit(self, run:Run) -> None:
         feeds = dropout_feeds(run.model) if self.feeds is None else self.feeds
+        known = {name for name, module in run.model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)}
+        if set(feeds) - known: raise ValueError(f"not a dropout layer of the model: {', '.join(sorted(set(feeds) - known))}; it has {', '.join(sorted(known)) or 'none'}")
+        if feeds: _owned(run.model, feeds.values())
         self.layers = {name: (run.model.get_submodule(name), run.model.get_parameter(weight)) for name, weight in feeds.items()}
         if self.rates is None: self.rates = {name: layer.p for name, (layer, _) in self.layers.items()}
         self.scale()
@@ -548,7 +583,7 @@ def _recalibrated(model, data, sparsity, config, seed) -> dict[str, float]:
         found[f"{way}, retrained"] = evaluate(net, data.test).accuracy
     return found
 
-# %% ../nbs/11_schedules.ipynb #3e357a9a
+# %% ../nbs/11_schedules.ipynb #57a92ed2
 @dataclass(frozen=True)
 class Sparsest:
     "One long run of gradual global pruning with augmentation."
@@ -570,27 +605,35 @@ class Sparsest:
 
 @dataclass(frozen=True)
 class SparsestLeNet5(Sparsest):
-    "The same for Caffe's LeNet-5."
+    "The same for Caffe's LeNet-5, ranked by `fisher_scores`; at the end a short training on the images as they are."
     sparsity:float = 0.994
     model:str = "lenet-5"
-    epochs:int = 30
+    epochs:int = 20
+    lr:float = 4e-3
     batch_size:int = 128
+    begin:float = 0.05
+    end:float = 0.45
     channels_last:bool = True
+    score:str = "fisher"          # as in `Pruner`
+    plain_epochs:int = 5          # after these, without augmentation
+    plain_lr:float = 2e-3         # their peak learning rate
 
-# %% ../nbs/11_schedules.ipynb #54d91022
-def _sparsest(config: Sparsest, seed: int, folder: Path) -> dict:
-    "One run: errors, sparsity, and the weights left in each layer."
+# %% ../nbs/11_schedules.ipynb #8ad748f6
+def _sparsest(config: Sparsest, seed: int, folder: Path, score: str = "magnitude", plain: Mapping | None = None) -> dict:
+    "One run, then one with the options `plain` and no augmentation where given: errors, sparsity, and the weights left in each layer."
     data = load_data(config.dataset, size=model_input_shape(config.model)[-1])
     seed_everything(seed)
     model = create_model(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0])
-    pruner = Pruner(config.sparsity, begin=config.begin, end=config.end, every=config.every, scope="global", floor=config.floor)
-    fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, callbacks=[pruner], seed=seed, channels_last=config.channels_last,
-        augment=functools.partial(random_affine, shift=config.shift, degrees=config.degrees, scale=config.zoom), checkpoint=folder / "run.pt")
+    pruner = Pruner(config.sparsity, begin=config.begin, end=config.end, every=config.every, scope="global", floor=config.floor, score=score)
+    train = functools.partial(fit, model, data, batch_size=config.batch_size, seed=seed, channels_last=config.channels_last)
+    train(epochs=config.epochs, lr=config.lr, callbacks=[pruner], checkpoint=folder / "run.pt",
+          augment=functools.partial(random_affine, shift=config.shift, degrees=config.degrees, scale=config.zoom))
+    if plain: train(**plain, callbacks=[MaskCallback(pruner.masks)], checkpoint=folder / "plain.pt")
     left = {name: count_nonzero([w]) for name, w in named_weights(model).items()}
     return {"valid_error_percent": evaluate(model, data.valid).error_percent, "test_error_percent": evaluate(model, data.test).error_percent,
             "test_images": len(data.test), "sparsity": _overall(model, {}), "weights": sum(left.values()), "left": left}
 
-# %% ../nbs/11_schedules.ipynb #0feb1c11
+# %% ../nbs/11_schedules.ipynb #19a848a7
 @experiment("sparsest-lenet-300-100", configs=(Sparsest(), Sparsest(sparsity=0.986)))
 def sparsest_lenet_300_100(config:Sparsest, seed:int, folder:Path) -> dict:
     "LeNet-300-100 on MNIST with one weight in 40 and one in 71. `nncomp reproduce sparsest-lenet-300-100`; about five minutes a seed on one CPU core."
@@ -599,5 +642,5 @@ def sparsest_lenet_300_100(config:Sparsest, seed:int, folder:Path) -> dict:
 
 @experiment("sparsest-lenet-5")
 def sparsest_lenet_5(config:SparsestLeNet5, seed:int, folder:Path) -> dict:
-    "Caffe's LeNet-5 on MNIST with one weight in 167. `nncomp reproduce sparsest-lenet-5`; about ten minutes a seed on one CPU core."
-    return _sparsest(config, seed, folder)
+    "Caffe's LeNet-5 on MNIST with one weight in 167. `nncomp reproduce sparsest-lenet-5`; about seven minutes a seed on one CPU core."
+    return _sparsest(config, seed, folder, config.score, {"epochs": config.plain_epochs, "lr": config.plain_lr})

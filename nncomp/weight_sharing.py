@@ -6,7 +6,9 @@
 __all__ = ['SharedWeight', 'share_weights', 'finalize_sharing', 'symbol_bits', 'rate_distortion_assign', 'entropy_constrained',
            'weight_importance', 'Reassign', 'sharing_costs', 'fit_budget', 'choose_bits']
 
-# %% ../nbs/21_weight_sharing.ipynb #64b1cf1d
+# %% ../nbs/21_weight_sharing.ipynb #32dd696d
+import hashlib
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -66,10 +68,10 @@ class _Lookup(torch.autograd.Function):
         else: total = torch.bincount(labels.int(), (flat[places.long()] if len(places) else flat[:len(labels)]).double(), ctx.k)
         return total.to(gradient.dtype), None, None, None
 
-# %% ../nbs/21_weight_sharing.ipynb #87800a2c
-def _narrow(index, top):
-    "Indices below `top` in the smallest type that the compiled loops take."
-    return index.to(torch.uint8 if top <= 256 else torch.int32 if top < 2**31 else torch.int64)
+# %% ../nbs/21_weight_sharing.ipynb #39da89f8
+def _smallest(top):
+    "The smallest integer type for indices below `top` that the compiled loops take."
+    return torch.uint8 if top <= 256 else torch.int32 if top < 2**31 else torch.int64
 
 
 def _misplaced(labels, places, k, n):
@@ -86,10 +88,20 @@ def _make_room(shared, state, prefix, errors):
     found = {name: state.get(prefix + name, getattr(shared, name)) for name in ("labels", "places")}
     wrong = _misplaced(found["labels"], found["places"], len(shared.start), shared.shape.numel())
     if wrong: errors.append(f"{prefix}labels and places: {wrong}")
-    for name, tensor in found.items():
-        if not wrong and tensor.shape != getattr(shared, name).shape: setattr(shared, name, getattr(shared, name).new_empty(tensor.shape))
+    for name, kind in (("labels", _smallest(len(shared.start))), ("places", shared.places.dtype)):
+        there, shape = getattr(shared, name), found[name].shape
+        if not wrong and (there.shape, there.dtype) != (shape, kind): setattr(shared, name, there.new_empty(shape, dtype=kind))
 
-# %% ../nbs/21_weight_sharing.ipynb #50b767e9
+
+def _resize(chain, state, prefix, *_):
+    "Give the trainable codebook the length it has in `state`, which is about to be loaded, if the labels there fit it."
+    shared, found = chain[0], [state.get(prefix + key) for key in ("original", "0.labels", "0.places")]
+    if not all(isinstance(t, Tensor) for t in found) or found[0].ndim != 1 or len(found[0]) == len(shared.start): return
+    if _misplaced(*found[1:], len(found[0]), shared.shape.numel()): return
+    shared.start = found[0].detach().to(shared.start, copy=True)
+    chain.original.data, chain.original.grad = torch.empty_like(shared.start), None
+
+# %% ../nbs/21_weight_sharing.ipynb #d22d0e9b
 class SharedWeight(nn.Module):
     "Parametrization of one tensor by a trainable codebook; an entry 0 is left out of it and stays exactly zero."
     def __init__(self,
@@ -107,7 +119,7 @@ class SharedWeight(nn.Module):
     def assign(self, entries:Tensor) -> None:    # int, shape of the weight: which trainable entry each weight takes; -1 = exactly zero
         "Let every weight take the entry of the codebook that is named for it."
         kept = entries.flatten() >= 0
-        self.labels = _narrow(entries.flatten()[kept], len(self.start))
+        self.labels = entries.flatten()[kept].to(_smallest(len(self.start)))
         places = kept.nonzero()[:, 0] if len(self.labels) < len(kept) else torch.zeros(0, device=kept.device)
         self.places = places.to(torch.int32 if len(kept) < 2**31 else torch.int64)
 
@@ -132,14 +144,15 @@ class SharedWeight(nn.Module):
         _make_room(self, state, prefix, errors)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
-# %% ../nbs/21_weight_sharing.ipynb #2b610a9f
+# %% ../nbs/21_weight_sharing.ipynb #1e517d90
 def _chosen(model, bits, biases):
     "Name -> (parameter, bits) of the tensors to share, checked."
     if any(parametrize.is_parametrized(module) for module in model.modules()):
         raise ValueError("the model has parametrized tensors; make them plain first (finalize_sharing does it for shared ones)")
     found = named_weights(model, biases)
-    if isinstance(bits, dict):
+    if isinstance(bits, Mapping):
         known = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+        if not bits: raise ValueError(f"bits names no tensor; there are {', '.join(known) or 'none'}")
         strange = [name for name in bits if name not in known]
         if strange: raise ValueError(f"bits names no floating parameter: {', '.join(map(str, strange))}; there are {', '.join(known)}")
         empty = [name for name in bits if not known[name].numel()]
@@ -147,9 +160,18 @@ def _chosen(model, bits, biases):
         return {name: (p, check_int(bits[name], 1, 16, f"bits of {name}")) for name, p in known.items() if name in bits}
     check_int(bits, 1, 16, "bits")
     if not found: raise ValueError("the model has no weights to share: no floating parameter of rank two or more")
+    if not any(p.numel() for p in found.values()): raise ValueError(f"the model has no weights to share: {', '.join(found)} hold no values")
     return {name: (p, bits) for name, p in found.items() if p.numel()}
 
 
+def _values(parameter, name):
+    "The values to share; ValueError with the tensor's name where k-means cannot take them."
+    if parameter.layout != torch.strided: raise ValueError(f"{name} is stored sparse ({parameter.layout}); make it dense first")
+    if parameter.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}")
+    return check_finite(parameter.detach(), name)
+
+# %% ../nbs/21_weight_sharing.ipynb #9761c538
 def _owners(model, parameter):
     "Every (module, attribute) that holds `parameter`: more than one where it is tied."
     return [(m, leaf) for m in model.modules() for leaf, p in m.named_parameters(recurse=False, remove_duplicate=False) if p is parameter]
@@ -165,12 +187,7 @@ def _attach(owners, codebook, assignments):
         first = module.parametrizations[leaf].original if first is None else first
         module.parametrizations[leaf].original = first
         module.parametrizations[leaf].later = order[order.index(leaf) + 1:]  # to restore the order of the parameters
-
-# %% ../nbs/21_weight_sharing.ipynb #49b01bce
-def _cluster(values, k, lam, keep_zero, drop, importance, options):
-    "Codebook and assignments by k-means, or where bits have a price by both."
-    if lam: return entropy_constrained(values, k, lam, importance=importance, drop=drop, **options)
-    return kmeans_1d(values, k, keep_zero=keep_zero, weights=importance, **options)
+        module.parametrizations[leaf].register_load_state_dict_pre_hook(_resize)
 
 
 def _check_recurrent(model, parameters):
@@ -178,26 +195,50 @@ def _check_recurrent(model, parameters):
     if any(isinstance(module, nn.RNNBase) for p in parameters for module, _ in _owners(model, p)):
         raise ValueError("a recurrent layer reads its weights behind PyTorch's back and cannot train shared ones; use trainable=False")
 
-# %% ../nbs/21_weight_sharing.ipynb #c087a3a3
+# %% ../nbs/21_weight_sharing.ipynb #6b79ba9d
+def _check_importance(importance, tensors):
+    "Refuse importance for a name that is not in `tensors`, of another shape than there, below 0, or 0 everywhere."
+    for name, h in (importance or {}).items():
+        if name not in tensors: raise ValueError(f"importance names {name}, which is none of the tensors there are: {', '.join(tensors) or 'none'}")
+        shape, what = tuple(tensors[name].shape), f"importance of {name}"
+        if not isinstance(h, Tensor) or tuple(h.shape) != shape: raise ValueError(f"{what} must be a tensor of shape {shape}, got {tuple(np.shape(h))}")
+        if (check_finite(h, what) < 0).any() or not h.any(): raise ValueError(f"{what} must be at least 0, and not all 0")
+    return dict(importance or {})
+
+
+def _check_lam(lam):
+    "The price of a bit, if it is one."
+    try: price = float(lam)
+    except (TypeError, ValueError, RuntimeError): price = math.nan
+    if not 0 <= price < math.inf: raise ValueError(f"lam must be finite and at least 0, got {lam!r:.60}")
+    return price
+
+
+def _cluster(values, k, lam, keep_zero, drop, importance, options):
+    "Codebook and assignments by k-means, or where bits have a price by both."
+    if lam: return entropy_constrained(values, k, lam, importance=importance, drop=drop, **options)
+    return kmeans_1d(values, k, keep_zero=keep_zero, weights=importance, **options)
+
+# %% ../nbs/21_weight_sharing.ipynb #1f440867
 def share_weights(
     model:nn.Module,           # changed in place: its tensors are snapped, or computed from codebooks
     bits:int|dict[str,int],    # 1…16, at most 2**bits values a tensor; a dict names the tensors to share
     *,
     init:str="optimal",        # start of `kmeans_1d`
-    keep_zero:bool=True,       # zeros stay exactly zero; their value is one of the 2**bits
+    keep_zero:bool=True,       # zeros stay exactly zero; their value is one of the 2**bits; False only with `lam` 0
     biases:bool=False,         # also the biases of layers that own a weight (with `bits` a number)
     generator:torch.Generator|None=None,  # for the random starts
     trainable:bool=False,      # False = plain tensors; True = codebooks in place of the tensors, until `finalize_sharing`
     lam:float=0.,              # price of a bit; above 0, `entropy_constrained` takes the place of `kmeans_1d`
-    importance:Mapping[str,Tensor]|None=None,  # tensor name -> weight of each squared error; None = 1 each
+    importance:Mapping[str,Tensor]|None=None,  # tensor name -> weight of each squared error; None, or a name left out = 1 each
     drop:bool=True,            # with `lam`: weights may become zero where that is cheap
 ) -> dict[str,Tensor]:         # tensor name -> its codebook, ascending
     """Replace each weight tensor by at most 2**bits shared values (Han et al. 2016, §3).
     A tensor that has so few values already is unchanged; NaN or infinity is a `ValueError` that names the tensor."""
-    plan = {}
+    if _check_lam(lam) and not keep_zero: raise ValueError("keep_zero=False and lam exclude each other: at a price of bits, zeros stay zero")
+    plan, importance = {}, _check_importance(importance, dict(model.named_parameters()))
     for name, (p, b) in _chosen(model, bits, biases).items():
-        values, options = check_finite(p.detach(), name), dict(init=init, generator=generator)
-        plan[name] = p, *_cluster(values, 2**b, lam, keep_zero, drop, (importance or {}).get(name), options)
+        plan[name] = p, *_cluster(_values(p, name), 2**b, lam, keep_zero, drop, importance.get(name), dict(init=init, generator=generator))
     if trainable: _check_recurrent(model, [p for p, *_ in plan.values()])
     for p, codebook, assignments in plan.values():
         if trainable: _attach(_owners(model, p), codebook, assignments)
@@ -246,28 +287,54 @@ def finalize_sharing(
         for other in later: module._parameters[other] = module._parameters.pop(other)
     return values
 
-# %% ../nbs/21_weight_sharing.ipynb #ef216183
+# %% ../nbs/21_weight_sharing.ipynb #005f6dc0
+def _check_labels(assignments, k):
+    "Refuse what are not symbols in 0…k-1, one at least."
+    if assignments.is_floating_point() or assignments.dtype == torch.bool: raise ValueError(f"assignments must be integers, got {assignments.dtype}")
+    if not assignments.numel(): raise ValueError(f"assignments must hold at least one symbol, got shape {tuple(assignments.shape)}")
+    low, high = int(assignments.min()), int(assignments.max())
+    if low < 0 or high >= k: raise ValueError(f"assignments must lie in 0…{k - 1}, got {low}…{high}")
+
+# %% ../nbs/21_weight_sharing.ipynb #1cba8250
 def symbol_bits(
     assignments:Tensor,  # (...), int in 0…k-1, at least one
     k:int,               # number of symbols, at least 1
 ) -> Tensor:             # (k,) float64; infinite for a symbol that nobody takes
     "What an ideal coder pays for each symbol at these frequencies: log2(1 / q_j) bits (Shannon 1948, §9)."
+    check_int(k, 1, name="k"), _check_labels(assignments, k)
     count = torch.bincount(assignments.flatten(), minlength=k).double()
     return -torch.log2(count / count.sum())
 
-# %% ../nbs/21_weight_sharing.ipynb #a71bd32e
+# %% ../nbs/21_weight_sharing.ipynb #f3eadf1b
 def _price(rates, lam, zero, drop):
     "λ times the bits of each symbol; where weights may not become zero, its entry is out of reach for all others."
     price = torch.where(rates.isinf(), torch.inf, lam * rates.double())
     return price if drop else price.masked_fill(zero, torch.inf)
 
 
-def _check_lam(lam):
-    "The price of a bit, if it is one."
-    if not 0 <= lam < float("inf"): raise ValueError(f"lam must be finite and at least 0, got {lam}")
-    return float(lam)
+@njit(cache=True)
+def _cheapest_loop(values, h, codes, price):
+    "For each value the first entry of least h·(w - c)² + price."
+    found, least = np.zeros(len(values), np.int64), np.empty(1024)
+    for start in range(0, len(values), 1024):
+        w, weigh, at = values[start:start + 1024], h[start:start + 1024], found[start:start + 1024]
+        least[:] = np.inf
+        for j in range(len(codes)):
+            for i in range(len(w)):
+                gap = w[i] - codes[j]
+                cost = weigh[i] * (gap * gap) + price[j]
+                at[i] = j if cost < least[i] else at[i]
+                least[i] = min(cost, least[i])
+    return found
 
-# %% ../nbs/21_weight_sharing.ipynb #7dbf5b93
+
+def _cheapest(values, h, codes, price):
+    "The same for flat float64 tensors on any device."
+    if values.device.type == "cpu": return torch.from_numpy(_cheapest_loop(values.numpy(), h.numpy(), codes.numpy(), price.numpy()))
+    pieces = [(weigh[:, None] * (w[:, None] - codes).square() + price).argmin(1) for w, weigh in zip(values.split(1 << 15), h.split(1 << 15))]
+    return torch.cat(pieces) if pieces else values.long()
+
+# %% ../nbs/21_weight_sharing.ipynb #aae15108
 def rate_distortion_assign(
     values:Tensor,      # (...), floating
     codebook:Tensor,    # (k,), floating, in any order
@@ -278,13 +345,16 @@ def rate_distortion_assign(
     drop:bool=True,     # other values may take the entry 0
 ) -> Tensor:            # int64, shape of `values`
     "The entry of least h·(w - c)² + λ·bits for each value (@eq-sharing-rd); zeros take the entry 0 where there is one."
+    if codebook.ndim != 1 or not len(codebook) or rates.shape != codebook.shape:
+        raise ValueError(f"codebook and rates must have one axis and the same length of at least 1, got {tuple(codebook.shape)} and {tuple(rates.shape)}")
+    if importance is not None and importance.shape != values.shape:
+        raise ValueError(f"importance must have the shape of values, {tuple(values.shape)}, got {tuple(importance.shape)}")
     flat, codes, zero = values.detach().flatten(), codebook.detach().double(), codebook == 0
     price = _price(rates.to(codes.device), _check_lam(lam), zero, drop)
     found = torch.full(flat.shape, int(zero.int().argmax()), device=flat.device)
     live = (flat != 0 if zero.any() else torch.ones_like(flat, dtype=torch.bool)).nonzero()[:, 0]
     h = torch.ones_like(flat) if importance is None else importance.to(flat.device).flatten()
-    for at in live.split(1 << 15):
-        found[at] = (h[at].double()[:, None] * (flat[at].double()[:, None] - codes).square() + price).argmin(1)
+    found[live] = _cheapest(flat[live].double(), h[live].double(), codes, price)
     return found.view(values.shape)
 
 # %% ../nbs/21_weight_sharing.ipynb #1453eaf5
@@ -325,19 +395,21 @@ def entropy_constrained(
     labels, used = order.argsort()[labels], torch.bincount(order.argsort()[labels].flatten(), minlength=len(order)) > 0
     return codebook[used].to(values.dtype), (used.cumsum(0) - 1)[labels]
 
-# %% ../nbs/21_weight_sharing.ipynb #6b8baacd
+# %% ../nbs/21_weight_sharing.ipynb #7d815401
 def weight_importance(
     model:nn.Module,     # trained; read only
     data:Data,           # its training images are used, evenly spread ones
     *,
     images:int=4000,     # how many, at least 1; more than there are = all
     batch_size:int=20,   # images for one gradient; fewer = less noise and more time
-    damping:float=0.,    # this many times the mean h of its tensor is added to each h, at least 0
+    damping:float=0.,    # this many times the mean h of its tensor is added to each h; finite, at least 0
     biases:bool=False,   # also for the biases of layers that own a weight
     seed:int=0,          # of the drawn labels
 ) -> dict[str,Tensor]:   # parameter name -> h, at least 0, shape of the parameter
     "Half the diagonal of the Fisher information: what a squared change of each weight adds to the loss (LeCun et al. 1989, eq. 3)."
     weights, generator = named_weights(model, biases), torch.Generator().manual_seed(seed)
+    if not weights: raise ValueError("the model has no weights: no floating parameter of rank two or more")
+    if not 0 <= damping < math.inf: raise ValueError(f"damping must be finite and at least 0, got {damping}")
     total, n = {name: torch.zeros_like(w) for name, w in weights.items()}, min(check_int(images, 1, name="images"), len(data.train))
     batches = data.train.x[torch.arange(n) * len(data.train) // n].split(check_int(batch_size, 1, name="batch_size"))
     device = next(iter(weights.values())).device
@@ -349,7 +421,16 @@ def weight_importance(
             for name, g in zip(weights, gradients): total[name] += len(xb) / (2 * len(batches)) * g.square()
     return {name: h + damping * h.mean() for name, h in total.items()}
 
-# %% ../nbs/21_weight_sharing.ipynb #81b1728a
+# %% ../nbs/21_weight_sharing.ipynb #5e5c012b
+def _digest(tensors):
+    "A checksum of named tensors: their names, types, shapes and every bit."
+    found = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        found.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+# %% ../nbs/21_weight_sharing.ipynb #ab9d9686
 class Reassign(Callback):
     "After an epoch of `fit`, let every shared weight choose its value again by @eq-sharing-rd; `history` gets the share that moved."
     def __init__(self,
@@ -361,9 +442,10 @@ class Reassign(Callback):
         until:float=0.75,             # fraction of the epochs after which assignments stay, in [0, 1]
     ):
         self.weights = {name: w.detach().clone() for name, w in weights.items()}
-        self.lam, self.drop, self.until, self.importance = _check_lam(lam), drop, check_fraction(until, "until"), dict(importance or {})
+        self.lam, self.drop, self.until = _check_lam(lam), drop, check_fraction(until, "until")
+        self.importance = _check_importance(importance, self.weights)
 
-    def identity(self) -> str: return str((self.lam, self.drop, self.until))
+    def identity(self) -> str: return str((self.lam, self.drop, self.until, _digest(self.weights), _digest(self.importance)))
 
     def before_fit(self, run:Run) -> None:
         shared = _shared_by_name(run.model)
@@ -386,7 +468,7 @@ class Reassign(Callback):
         shared.assign(labels - 1)
         return int((labels != before).sum())
 
-# %% ../nbs/21_weight_sharing.ipynb #0a28ad02
+# %% ../nbs/21_weight_sharing.ipynb #bdd37ccc
 def sharing_costs(
     model:nn.Module,     # trained, pruned or not; put back bit for bit
     data:Data,           # measured on `data.valid`
@@ -397,9 +479,11 @@ def sharing_costs(
     device:str|torch.device|None=None,     # where to evaluate, as in `evaluate`
 ) -> dict[str,list[tuple[int, int, float]]]:  # name -> (bits, bytes, rise of the loss in nats) for each candidate
     "What sharing one tensor at a time costs; the bytes are those of an ideal coder for this tensor and its codebook."
-    bits, before, costs = [check_int(b, 1, 16, "bits") for b in candidates], evaluate(model, data.valid, device=device).loss, {}
-    for name, p in named_weights(model, biases).items():
-        original, costs[name] = check_finite(p.detach(), name).clone(), []
+    bits, tensors, costs = [check_int(b, 1, 16, "bits") for b in candidates], {n: p for n, p in named_weights(model, biases).items() if p.numel()}, {}
+    if not bits or not tensors: raise ValueError("candidates must hold at least one number of bits" if tensors else "the model has no weights to share")
+    before = evaluate(model, data.valid, device=device).loss
+    for name, p in tensors.items():
+        original, costs[name] = _values(p, name).clone(), []
         for b in bits:
             codebook, labels = kmeans_1d(original, 2**b, init=init, keep_zero=True)
             coded = float(symbol_bits(labels, len(codebook))[labels].sum()) / 8
@@ -409,7 +493,7 @@ def sharing_costs(
             finally: p.data.copy_(original)
     return costs
 
-# %% ../nbs/21_weight_sharing.ipynb #4f18ebd8
+# %% ../nbs/21_weight_sharing.ipynb #5e8cc077
 def _frontier(sums, budget):
     "Of (bytes, loss, bits) those within the budget that no other beats in both; at most about 4,096."
     kept, cell = [], max(budget // 4096, 1)
@@ -419,13 +503,24 @@ def _frontier(sums, budget):
         kept.append((size, loss, bits))
     return kept
 
-# %% ../nbs/21_weight_sharing.ipynb #5497c523
+
+def _shelves(costs):
+    "The candidates of each tensor as lists, if there are any and none is nonsense."
+    shelves = {name: list(options) for name, options in costs.items()}
+    empty = [name for name, options in shelves.items() if not options]
+    if empty or not shelves: raise ValueError(f"costs must hold a candidate for each tensor, got none for {', '.join(empty) or 'any'}")
+    for name, options in shelves.items():
+        wrong = [option for option in options if len(option) != 3 or option[1] < 0 or math.isnan(option[2])]
+        if wrong: raise ValueError(f"a candidate of {name} must be (bits, bytes of at least 0, loss), got {wrong[0]}")
+    return shelves
+
+# %% ../nbs/21_weight_sharing.ipynb #2a82711d
 def fit_budget(
     costs:Mapping[str,Iterable[tuple[int, int, float]]],  # name -> (bits, bytes, loss) of each candidate, as from `sharing_costs`
     budget_bytes:int,     # most bytes of all tensors together
 ) -> dict[str,int]:       # name -> bits
     "Bits for each tensor with the least sum of losses whose bytes fit in the budget; ValueError where none do."
-    costs = {name: list(options) for name, options in costs.items()}
+    costs = _shelves(costs)
     least = sum(min(size for _, size, _ in options) for options in costs.values())
     if check_int(budget_bytes, 0, name="budget_bytes") < least: raise ValueError(f"{budget_bytes} bytes are too few: the least these tensors need is {least}")
     found, rest = [(0, 0., ())], least

@@ -92,28 +92,37 @@ def test_damage_is_an_error_or_other_symbols_and_never_more():
     rng = np.random.default_rng(5)
     for _ in range(300):
         damaged = bytearray(written)
-        for _ in range(rng.integers(1, 4)): damaged[rng.integers(len(damaged))] = rng.integers(256)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(len(damaged))] = rng.integers(256)
         damaged = bytes(damaged[:rng.integers(len(damaged) + 1)])
-        try: back = decode_indices(damaged, 4000, 16, shape=(40, 100), zero=zero)
-        except BitstreamError: continue
+        try:
+            back = decode_indices(damaged, 4000, 16, shape=(40, 100), zero=zero)
+        except BitstreamError:
+            continue
         assert back.size == 4000 and back.max() < 16
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes(data):
-    try: back = decode(data, max_symbols=10_000)
-    except BitstreamError: return
+    try:
+        back = decode(data, max_symbols=10_000)
+    except BitstreamError:
+        return
     assert back.size <= 10_000
 
 
-def test_parameters_that_do_not_fit():
-    eight = np.zeros(8, np.uint8)
-    for call, message in ((lambda: encode_indices(eight, 0, shape=(8,)), "k must lie"), (lambda: encode_indices(eight, 70_000, shape=(8,)), "k must lie"),
-                          (lambda: encode_indices(eight, 2, shape=(8,), zero=2), "zero must lie"), (lambda: encode_indices(eight, 2, shape=(2, 3)), "does not hold"),
-                          (lambda: encode_indices(eight, 2, shape=(-2, -4)), "does not hold"), (lambda: encode_indices(eight + 5, 2, shape=(8,)), "below k"),
-                          (lambda: encode(np.zeros(3)), "uint8 or uint16")):
-        with pytest.raises(ValueError, match=message): call()
+def _eight(k=2, shape=(8,), more=0, **options):
+    return lambda: encode_indices(np.full(8, more, np.uint8), k, shape=shape, **options)
+
+
+@pytest.mark.parametrize(("call", "told"), [
+    (_eight(k=0), "k must lie"), (_eight(k=70_000), "k must lie"), (_eight(zero=2), "zero must lie"), (_eight(shape=(2, 3)), "does not hold"),
+    (_eight(shape=(-2, -4)), "does not hold"), (_eight(more=5), "below k"), (lambda: encode(np.zeros(3)), "uint8 or uint16"),
+])
+def test_parameters_that_do_not_fit(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
 
 
 def test_read_only_input_is_left_alone():

@@ -302,12 +302,39 @@ def test_arrays_and_tensors_of_any_layout():
     ({"weights": torch.zeros(3)}, "not all 0"),
     ({"weights": torch.tensor([1.0, float("nan"), 1.0])}, "weights holds 1 NaN"),
     ({"values": torch.tensor([0.0, 1.0]), "k": 1, "keep_zero": True}, "k of at least 2"),
+    ({"generator": np.random.default_rng(0)}, "generator must be a torch.Generator, got <class 'numpy.random"),
+    ({"init": "forgy", "generator": 0}, "generator must be a torch.Generator, got <class 'int'>"),
+    ({"values": torch.eye(3).to_sparse()}, "values must be a dense tensor, got one of layout torch.sparse_coo"),
+    ({"values": torch.eye(3).to_sparse_csr()}, "values must be a dense tensor"),
+    ({"weights": torch.ones(3).to_sparse()}, "weights must be a dense tensor"),
 ])
 def test_bad_input(change, message):
     arguments = {"values": torch.tensor([1.0, 2.0, 3.0]), "k": 2, **change}
     with pytest.raises(ValueError) as error:
         kmeans_1d(arguments.pop("values"), arguments.pop("k"), **arguments)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"assignments": np.array([0, 1])}, "assignments must have the shape of values, (3,), got (2,)"),
+    ({"assignments": np.array([[0, 1, 1]])}, "assignments must have the shape of values"),
+    ({"assignments": np.array([0, 1, 2])}, "assignments must lie in 0…1, got 0…2"),
+    ({"assignments": np.array([0, 1, -1])}, "assignments must lie in 0…1, got -1…1"),
+    ({"assignments": np.array([0.0, 1.0, 1.0])}, "assignments must be integers, got torch.float64"),
+    ({"codebook": np.ones((2, 2))}, "codebook must have one axis"),
+    ({"weights": np.ones(2)}, "weights must have the shape of values, (3,), got (2,)"),
+    ({"values": torch.ones(3).to_sparse()}, "values must be a dense tensor"),
+])
+def test_inertia_refuses_what_does_not_fit(change, message):
+    arguments = {"values": np.ones(3), "codebook": np.array([0.0, 1.0]), "assignments": np.array([0, 1, 1])} | change
+    with pytest.raises(ValueError) as error:
+        inertia(**arguments)
+    assert message in str(error.value)
+
+
+def test_inertia_takes_any_integers():
+    for kind in (np.uint8, np.int16, np.int64):
+        assert inertia(np.array([1.0, 2.0]), np.array([0.0, 4.0]), np.array([0, 1], kind), np.array([3, 1])) == 7
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from toys import toy_data, toy_net
 
 from nncomp.container import load, save
-from nncomp.core import MissingExtraError, count_parameters, evaluating, named_weights, seed_everything
+from nncomp.core import MissingExtraError, count_parameters, default_device, evaluating, named_weights, seed_everything
 from nncomp.models import VGG_PLANS, create_model, model_input_shape, vgg
 from nncomp.neurons import (
     Half,
@@ -495,7 +495,7 @@ def test_rounds_end_where_one_cut_ends():
 
 def test_the_experiment_runs_on_digits(tmp_path, monkeypatch):
     monkeypatch.setattr("nncomp.results._EXPERIMENTS", {})
-    experiment("half-without-retraining", configs=[Half(dataset="digits", epochs=1, images=100, sparsities=(0.5, 0.9))])(
+    experiment("half-without-retraining", configs=[Half(dataset="digits", epochs=1, images=100, sparsities=(0.5, 0.9), repeats=50)])(
         half_without_retraining
     )
     (first,) = reproduce("half-without-retraining", [3], root=tmp_path, progress=False)
@@ -505,6 +505,10 @@ def test_the_experiment_runs_on_digits(tmp_path, monkeypatch):
         costs["dense"]["macs"] == costs["half of the connections"]["macs"] == 266_200
         and costs["half of the neurons"]["parameters"] == 125_810
     )
+    for cost in costs.values():
+        for batch in ("ms_1", "ms_256"):
+            assert 0 < cost[batch]["q1"] <= cost[batch]["median"] <= cost[batch]["q3"]
+    assert first.metrics["timing"] == {"warmup": 5, "repeats": 50, "threads": torch.get_num_threads(), "device": default_device().type}
     path = next(tmp_path.glob("results/half-without-retraining/*/seed-3.json"))
     assert read_record(path) == first and check_results(tmp_path) == [] and path.stat().st_size < 5_000
     assert json.loads(path.read_text())["artefact"] is None

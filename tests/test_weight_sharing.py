@@ -103,11 +103,85 @@ def test_a_model_is_refused_whole():
 @pytest.mark.parametrize("bits, message", [
     (0, "bits must be an integer in 1…16, got 0"), (17, "got 17"), (2.5, "got 2.5"), (True, "got True"),
     ({"4.weight": 0}, "bits of 4.weight"), ({"nothing": 2}, "nothing"), ({"1.num_batches_tracked": 2}, "num_batches_tracked"),
+    ({}, "bits names no tensor; there are 0.weight, 0.bias"), ("2", "bits must be an integer in 1…16, got '2'"),
 ])
 def test_bad_bits(bits, message):
     with pytest.raises(ValueError) as error:
         share_weights(small_net(), bits)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"importance": {"zz": torch.ones(3)}}, "importance names zz, which is none of"),
+    ({"importance": {"zz": torch.ones(3)}, "lam": 0.1}, "importance names zz"),
+    ({"importance": {"4.weight": torch.ones(3)}}, "importance of 4.weight must be a tensor of shape (20, 96), got (3,)"),
+    ({"importance": {"4.weight": torch.ones(96, 20)}, "lam": 0.1}, "must be a tensor of shape (20, 96), got (96, 20)"),
+    ({"importance": {"4.weight": [1.0]}}, "importance of 4.weight must be a tensor"),
+    ({"importance": {"4.weight": -torch.ones(20, 96)}}, "importance of 4.weight must be at least 0"),
+    ({"importance": {"4.weight": torch.zeros(20, 96)}}, "importance of 4.weight must be at least 0, and not all 0"),
+    ({"importance": {"4.weight": torch.full((20, 96), float("nan"))}}, "importance of 4.weight holds 1920 NaN"),
+    ({"lam": 0.1, "keep_zero": False}, "keep_zero=False and lam exclude each other"),
+    ({"lam": -1}, "lam must be finite and at least 0, got -1"), ({"lam": "dear"}, "got 'dear'"),
+    ({"init": "random"}, "init must be one of"), ({"init": "forgy", "generator": 3}, "generator must be a torch.Generator"),
+])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_bad_options_leave_the_model_alone(options, message, trainable):
+    net = small_net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError) as error:
+        share_weights(net, 2, trainable=trainable, **options)
+    assert message in str(error.value)
+    assert list(before) == list(net.state_dict()) and all(torch.equal(before[n], t) for n, t in net.state_dict().items())
+
+
+class Holder(nn.Module):
+    def __init__(self, tensor):
+        super().__init__()
+        self.w = nn.Parameter(tensor)
+
+
+@pytest.mark.parametrize("tensor, message", [
+    (torch.eye(4).to_sparse(), "w is stored sparse"),
+    (torch.eye(4).to(torch.float8_e4m3fn), "w must be float16, bfloat16, float32 or float64, got torch.float8_e4m3fn"),
+    (torch.empty(0, 3), "no weights to share: w hold no values"),
+])
+def test_tensors_that_cannot_be_shared_are_named(tensor, message):
+    with pytest.raises(ValueError, match=message):
+        share_weights(Holder(tensor), 2)
+
+
+@pytest.mark.parametrize("symbols, k, message", [
+    (torch.zeros(0, dtype=torch.int64), 3, "at least one symbol"), (torch.tensor([0, 3]), 3, "0…2, got 0…3"),
+    (torch.tensor([-1, 2]), 3, "0…2, got -1…2"), (torch.tensor([0.0]), 3, "must be integers, got torch.float32"),
+    (torch.tensor([0]), 0, "k must be an integer of at least 1, got 0"),
+])
+def test_symbols_outside_are_refused(symbols, k, message):
+    with pytest.raises(ValueError) as error:
+        symbol_bits(symbols, k)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("costs, message", [
+    ({}, "got none for any"), ({"a": []}, "got none for a"), ({"a": [(1, 5, 0.0)], "b": iter([])}, "got none for b"),
+    ({"a": [(1, 5)]}, "a candidate of a must be"), ({"a": [(1, -5, 0.0)]}, "a candidate of a must be"),
+    ({"a": [(1, 5, float("nan"))]}, "a candidate of a must be"),
+])
+def test_budgets_need_sound_candidates(costs, message):
+    with pytest.raises(ValueError) as error:
+        fit_budget(costs, 5)
+    assert message in str(error.value)
+
+
+def test_sensitivity_and_importance_need_weights():
+    net, data = nn.Sequential(nn.Flatten(), nn.ReLU()), toy_data()
+    with pytest.raises(ValueError, match="no weights to share"):
+        choose_bits(net, data, 100)
+    with pytest.raises(ValueError, match="no weights"):
+        weight_importance(net, data)
+    with pytest.raises(ValueError, match="candidates must hold at least one"):
+        sharing_costs(toy_net(), data, candidates=())
+    with pytest.raises(ValueError, match="damping must be finite and at least 0, got -1"):
+        weight_importance(toy_net(), data, damping=-1)
 
 
 def test_sharing_twice_needs_plain_tensors():
@@ -168,6 +242,44 @@ def test_copies_and_state_dicts_carry_the_sharing():
         finalize_sharing(model)
         assert not any(parametrize.is_parametrized(m) for m in model.modules())
         assert list(model.state_dict()) == list(small_net().state_dict())
+
+
+@pytest.mark.parametrize("bits, other", [(3, 1), (1, 3), (9, 4), (4, 9)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_state_with_other_numbers_of_values_and_zeros_is_loaded(bits, other, tied):
+    def shared(seed, bits, zeros):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 30))
+        if tied:
+            net[2].weight = net[0].weight
+        with torch.no_grad():
+            net[0].weight[:zeros] = 0
+        share_weights(net, bits, trainable=True)
+        return net
+
+    there, here, x = shared(0, bits, 11), shared(1, other, 0), torch.randn(4, 30)
+    twin = copy.deepcopy(here)
+    codebook = here[0].parametrizations.weight.original
+    for net in (here, twin):
+        net(x).sum().backward()
+        assert net.load_state_dict(there.state_dict()).missing_keys == []
+        assert torch.equal(net(x), there(x))
+    assert here[0].parametrizations.weight.original is codebook and codebook.grad is None        # an optimizer made before still holds it
+    assert (here[0].parametrizations.weight.original is here[2].parametrizations.weight.original) == tied
+    here(x).square().sum().backward()
+    assert codebook.grad.shape == codebook.shape
+    values = finalize_sharing(here)
+    assert torch.equal(values["0.weight"], there[0].weight.detach().unique())
+
+
+def test_a_codebook_that_does_not_fit_its_labels_is_refused():
+    net, other = small_net(), small_net()
+    share_weights(net, 3, trainable=True)
+    share_weights(other, 2, trainable=True)
+    state = net.state_dict()
+    state["6.parametrizations.weight.original"] = state["6.parametrizations.weight.original"][:1]
+    with pytest.raises(RuntimeError, match="a label is outside 0…"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -313,6 +425,17 @@ def test_assignment_is_the_least_of_all(seed, lam, drop):
         assert got == 0 if not w else cost[got] <= min(cost) + 1e-6
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 40), st.integers(0, 2500))
+def test_the_compiled_search_is_the_formula_to_the_bit(seed, k, n):
+    torch.manual_seed(seed)
+    weight, codebook, h = torch.randn(n), torch.randn(k).round(decimals=1), torch.rand(n)
+    codebook[codebook == 0] = 1.0
+    rates = torch.rand(k).masked_fill(torch.rand(k) < 0.2, float("inf"))
+    cost = h.double()[:, None] * (weight.double()[:, None] - codebook.double()).square() + 0.1 * rates.double()
+    assert torch.equal(rate_distortion_assign(weight, codebook, rates, 0.1, importance=h), cost.argmin(1))
+
+
 @pytest.mark.parametrize("lam", [-1., float("nan"), float("inf")])
 def test_bad_prices(lam):
     for call in (lambda: entropy_constrained(torch.ones(3), 2, lam), lambda: Reassign({}, lam)):
@@ -370,6 +493,36 @@ def test_reassign_moves_weights_and_resumes_exactly(lam, tmp_path):
         run(Stop(3), tmp_path / "epochs.pt")
     again, *_ = run(Stop(-1), tmp_path / "epochs.pt")
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_reassign_with_other_weights_or_importance_is_another_run():
+    weights = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}
+    first = Reassign(weights, 0.1).identity()
+    assert first == Reassign(dict(reversed(weights.items())), 0.1).identity()
+    others = [Reassign(weights, 0.2), Reassign(weights, 0.1, importance={"a": torch.ones(6)}), Reassign({"a": weights["a"]}, 0.1),
+              Reassign(weights | {"b": torch.tensor([[1.0, 1.0], [1.0, 1.0 + 2**-20]])}, 0.1),
+              Reassign(weights | {"b": torch.ones(4)}, 0.1),
+              Reassign(weights, 0.1, importance={"a": torch.full((6,), 2.0)}), Reassign({"a": weights["b"], "b": weights["a"]}, 0.1)]
+    assert len({first, *(other.identity() for other in others)}) == 8
+    for importance, message in (({"c": torch.ones(6)}, "importance names c"), ({"a": torch.ones(5)}, "importance of a must be a tensor")):
+        with pytest.raises(ValueError, match=message):
+            Reassign(weights, 0.1, importance=importance)
+
+
+def test_a_resumed_run_notices_other_importance(tmp_path):
+    def run(scale, stop):
+        net, data = pruned_toy(), toy_data()
+        before = {n: w.detach().clone() for n, w in named_weights(net).items()}
+        h = {n: torch.full_like(w, scale) for n, w in before.items()}
+        share_weights(net, 3, trainable=True)
+        callbacks = [Reassign(before, 1e-3, importance=h), stop]
+        fit(net, data, epochs=3, lr=0.05, batch_size=16, callbacks=callbacks, checkpoint=tmp_path / "run.pt", device="cpu", progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(1.0, Stop(2))
+    with pytest.raises(ValueError, match="belongs to another run: callbacks"):
+        run(2.0, Stop(-1))
+    run(1.0, Stop(-1))
 
 
 def test_reassign_needs_shared_tensors_of_the_same_shape():
