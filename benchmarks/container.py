@@ -1,18 +1,25 @@
-"""The file: dense checkpoints beside ZipNN, zip and zstd, and the speed of reading beside a dense copy.
+"""The file: dense checkpoints beside ZipNN, zip and zstd; speed and memory of reading beside a dense copy; many tensors.
 
     python -m venv "${TMPDIR:-/tmp}/bench-container" && "${TMPDIR:-/tmp}/bench-container/bin/pip" install zipnn
-    python benchmarks/container.py [--weights N] [--repeats R] [--record]
+    python benchmarks/container.py [--weights N] [--repeats R] [--part PART ...] [--record]
 
 Part "dense": unpruned weights, in float32 and in bfloat16, written by every program without loss. Two checkpoints: a LeNet-300-100
-and a LeNet-5 trained here on the built-in digits for a few epochs, and twelve layers of 1024 x 1024 Gaussian weights whose rows have
+and a LeNet-5 trained here on the built-in digits for a few epochs, and six layers of 1024 x 1024 Gaussian weights whose rows have
 scales of their own. Ours is the whole file of `save`; zip (deflate, level 9) and zstd (level 19) get the whole safetensors file;
 ZipNN gets the bytes of the tensors, once tensor by tensor and once in one piece, and the smaller total counts.
 
 Part "read": one tensor of N weights, 90 % zeros and 32 values, float32; millions of weights a second on one thread: a copy of the dense
 array, `unpack_tensor` of what `coder="huffman"` and `coder="best"` wrote. The calls take turns, the best time of each counts.
+
+Part "memory": growth of the peak memory of a process of its own while `load` reads one tensor of ten million weights, dense or 90 %
+zeros, minus the tensor and minus the file (megabytes of 10^6 bytes; Linux only).
+
+Part "many": a file of 200 matrices of 256 x 256, of which one is read: milliseconds, and bytes taken from the file; and 20,000 tensors
+of 1 to 59 entries of several kinds: seconds to save and to load them all.
 """
 import argparse
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -59,7 +66,7 @@ def checkpoints():
     yield "trained LeNets", state
     g = torch.Generator().manual_seed(0)
     scale = lambda: torch.exp(0.4 * torch.randn(1024, 1, generator=g))  # noqa: E731
-    yield "Gaussian, 12 layers", {f"{i}.weight": 0.03 * scale() * torch.randn(1024, 1024, generator=g) for i in range(12)}
+    yield "Gaussian, 6 layers", {f"{i}.weight": 0.03 * scale() * torch.randn(1024, 1024, generator=g) for i in range(6)}
 
 
 def zipped(data):
@@ -139,10 +146,101 @@ def read(n, repeats):
         yield dict(part="read", case=name, weights=n, bytes=size, rate=array.size / seconds / 1e6, ratio=best["dense copy"] / seconds)
 
 
+MEMORY = """
+import ctypes, gc, json, os, sys
+import torch
+from nncomp.container import load, save
+path, dtype, kind, coder = sys.argv[1:]
+def status(key): return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+def make(rows):
+    w = 0.05 * torch.randn(rows, 1000, generator=torch.Generator().manual_seed(0))
+    if kind == "sparse": w = ((w * 100).round_() / 100).masked_fill_(w.abs() < 0.0822, 0).add_(0.0)
+    return w.to(getattr(torch, dtype))
+torch.set_num_threads(1)
+for rows in (10_000, 10_000):                   # compiled loops are loaded before anything is measured
+    w = make(rows)
+    out = w.nbytes
+    save({"w": w}, path, coder=coder)
+    del w
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    result = load(path)
+    peak = status("VmHWM") - before
+    del result
+file = os.path.getsize(path)
+print(json.dumps(dict(output=out / 1e6, file=file / 1e6, beyond=(peak - out - file) / 1e6)))
+"""
+
+
+def memory():
+    "Megabytes of the output and the file, and what reading took beyond them."
+    if not Path("/proc/self/clear_refs").exists():
+        print("the part on memory is left out: it needs Linux")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype, kind, coder in itertools.product(("float32", "bfloat16"), ("dense", "sparse"), ("best", "huffman")):
+            if (kind, coder) == ("dense", "huffman"):
+                continue
+            command = [sys.executable, "-c", MEMORY, str(Path(folder) / "x"), dtype, kind, coder]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            yield dict(part="memory", case=kind, dtype=dtype, coder=coder) | json.loads(found)
+
+
+def tiny(count):
+    "Many tensors of 1 to 59 entries: dense, few values, bfloat16, one integer, mostly zeros."
+    import torch
+
+    rng = np.random.default_rng(1)
+    for i in range(count):
+        x = torch.from_numpy(rng.standard_normal(int(rng.integers(1, 60))).astype(np.float32))
+        yield f"layer{i}.bias", (x, (x * 2).round() + 0.0, x.bfloat16(), torch.tensor(i), x.masked_fill(x < 0.8, 0))[i % 5]
+
+
+def bytes_read():
+    "Bytes that this process has asked the system for; None where that is not known."
+    path = Path("/proc/self/io")
+    return int(path.read_text().split()[1]) if path.exists() else None
+
+
+def many(repeats):
+    "One tensor out of many, and very many tiny ones."
+    import torch
+
+    from nncomp.container import load, load_tensor, save
+
+    g = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x"
+        save({f"layer{i}": torch.randn(256, 256, generator=g) for i in range(200)}, path, coder="huffman")
+        whole, one = [], []
+        for _ in range(repeats):
+            for times, call in ((whole, lambda: load(path)), (one, lambda: load_tensor(path, "layer77"))):
+                before, start = bytes_read(), time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+        taken = None if before is None else bytes_read() - before
+        size = path.stat().st_size
+        yield dict(part="one", case="one of 200 matrices", bytes=size, read=taken, ms=1000 * min(one), ms_whole=1000 * min(whole))
+        state = dict(tiny(20_000))
+        for coder in ("best", "huffman"):
+            save(dict(list(state.items())[:100]), path, coder=coder)
+            start = time.perf_counter()
+            save(state, path, coder=coder)
+            saved = time.perf_counter()
+            back = load(path)
+            loaded = time.perf_counter()
+            assert all(torch.equal(tensor, state[name]) for name, tensor in back.items()) and len(back) == len(state)
+            row = dict(case="20,000 tiny tensors", coder=coder, bytes=path.stat().st_size)
+            yield dict(part="tiny", **row, save_s=saved - start, load_s=loaded - saved)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", type=int, default=100_000_000)
+    parser.add_argument("--weights", type=int, default=40_000_000)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--part", nargs="+", choices=("dense", "read", "memory", "many"), help="only these; not for a record")
     parser.add_argument("--record", action="store_true", help="write results/benchmarks/container.json")
     args = parser.parse_args()
     import records
@@ -152,8 +250,13 @@ def main():
     python = records.rival_python("container")
     if python is None:
         print("ZipNN is left out: there is no environment bench-container (see the top of this file)")
+    if args.record and args.part:
+        parser.error("a record holds all parts")
+    calls = dict(
+        dense=lambda: dense(python), read=lambda: read(args.weights, args.repeats), memory=memory, many=lambda: many(args.repeats)
+    )
     rows = []
-    for row in [*dense(python), *read(args.weights, args.repeats)]:
+    for row in itertools.chain.from_iterable(call() for part, call in calls.items() if part in (args.part or calls)):
         rows.append(row)
         print(", ".join(f"{key} {value:,.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
     if args.record:

@@ -64,7 +64,7 @@ def from_bit_patterns(
     if not patterns.size: return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(patterns.view(np.uint8)).view(dtype).reshape(shape)
 
-# %% ../nbs/34_container.ipynb #f0638078
+# %% ../nbs/34_container.ipynb #ebd699ff
 _BLOCK = 1 << 18  # entries handled at once, so that temporary arrays stay small; a multiple of 8
 _FEW = 1 << 10    # values up to which the arithmetic coder is tried
 _LONG = 1 << 12   # symbols from which Huffman's code is tried beside it
@@ -74,6 +74,13 @@ _SHORT = 1 << 16  # entries up to which it is tried on byte planes, too
 def _blocks(n:int) -> Iterator[slice]:
     "Slices of at most `_BLOCK` entries that cover `n`."
     return (slice(a, min(a + _BLOCK, n)) for a in range(0, n, _BLOCK))
+
+
+def _frozen(array:np.ndarray) -> np.ndarray:
+    "A read-only view: the compiled loops are then built for one kind of input."
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _width(k:int) -> int:
@@ -87,26 +94,32 @@ def _fixed(symbols:np.ndarray, k:int) -> bytes:
     return b"".join(pack_bits(symbols[s], _width(k)) for s in _blocks(symbols.size))
 
 
-def _least(symbols:np.ndarray, k:int) -> float:
-    "Bytes of the Huffman stream of `symbols`, or a little less: the entropy, one bit a symbol, and what the table takes."
-    tally = counts(symbols, k)
-    used = np.flatnonzero(tally)
-    skips = np.diff(used, prepend=-1)
-    table = used.size + 4 * np.count_nonzero(skips > 1) + 2 * np.log2(np.maximum(skips - 1, 1)).astype(int).sum()
-    return 2 + (table + symbols.size * max(entropy_bits(tally[used]), used.size > 1)) / 8
+@njit(cache=True, nogil=True)
+def _estimates(symbols, k):
+    "Bytes of a Huffman stream, or a little less; and what an adaptive code can hope for: a first byte, the entropy, and to learn the values."
+    tally = np.zeros(k, np.int64)
+    for i in range(symbols.size): tally[symbols[i]] += 1
+    used, table, entropy, last = 0, 0, 0.0, -1
+    for value in range(k):
+        if tally[value]:
+            entropy -= tally[value] * math.log2(tally[value] / symbols.size)
+            table += 5 + 2 * int(math.log2(value - last - 1)) if value - last > 1 else 1
+            used, last = used + 1, value
+    if used < 2: return 3.0, math.inf
+    return 2 + (table + max(entropy, symbols.size)) / 8, 1 + (entropy + used * math.log2(8 * k / used)) / 8
 
-
+# %% ../nbs/34_container.ipynb #7e973ec2
 def _pack_stream(symbols:np.ndarray, k:int, coder:str, shape:tuple[int, ...]|None=None, zero:int=-1) -> bytes:
     "Size and kind in one number, and the data of uint8 or uint16 `symbols` below `k`; with `shape`, the arithmetic coder is tried too."
-    streams, fixed, least = {}, math.inf, 0
-    if coder == "best":
-        fixed, least = -(-symbols.size * _width(k) // 8), _least(symbols, k)
-        if shape is not None and k <= _FEW and (least < 0.98 * fixed or len(shape) > 1): streams[2] = encode_indices(symbols, k, shape=shape, zero=zero)
-        if 2 in streams: least = max(least, 0 if symbols.size >= _LONG else math.inf)     # of short streams it makes the shortest
-    if least < min(fixed, *map(len, streams.values()), math.inf): streams[1] = encode(symbols)
-    if fixed <= min(map(len, streams.values()), default=math.inf): streams = {0: _fixed(symbols, k)}
-    kind = min(sorted(streams), key=lambda kind: len(streams[kind]))
-    return write_varint(4 * len(streams[kind]) + kind) + streams[kind]
+    fixed, (least, hope) = -(-symbols.size * _width(k) // 8), _estimates(_frozen(symbols), k)
+    options = {}
+    if coder == "best" and shape is not None and k <= _FEW and (len(shape) > 1 or hope < 0.98 * fixed):
+        options[2] = encode_indices(symbols, k, shape=shape, zero=zero)
+        if symbols.size < _LONG: least = math.inf                     # of short streams it makes the shortest
+    if least < min([fixed, *map(len, options.values())]): options[1] = encode(symbols)
+    if fixed <= min(map(len, options.values()), default=fixed): options = {0: _fixed(symbols, k)}
+    kind = min(sorted(options), key=lambda kind: len(options[kind]))
+    return write_varint(4 * len(options[kind]) + kind) + options[kind]
 
 
 def _unpack_stream(stream:tuple[int, memoryview], n:int, k:int, shape:tuple[int, ...], zero:int=-1) -> np.ndarray:
@@ -123,58 +136,68 @@ def _unpack_stream(stream:tuple[int, memoryview], n:int, k:int, shape:tuple[int,
     if symbols.size != n or (n and symbols.max() >= k): raise BitstreamError(f"a stream does not hold {n} values below {k}")
     return symbols
 
-# %% ../nbs/34_container.ipynb #6da65288
+# %% ../nbs/34_container.ipynb #07b1d50b
 _MOST = 1 << 16  # values in a codebook, at most
 
 
 @njit(cache=True, nogil=True)
-def _number(patterns, keys, ids, shift, out):
+def _number(patterns, places, found, out):
     "Number each distinct pattern by order of appearance, by open addressing; how many there are, or -1 if too many."
-    n = 0
+    n, shift = 0, np.uint64(64 - round(math.log2(places.size)))
     for i in range(patterns.size):
-        key = np.uint64(patterns[i])
-        slot = np.int64((key * np.uint64(11400714819323198485)) >> np.uint64(shift))
-        while ids[slot] >= 0 and keys[slot] != key: slot = (slot + 1) & (ids.size - 1)
-        if ids[slot] < 0:
+        slot = np.int64((np.uint64(patterns[i]) * np.uint64(11400714819323198485)) >> shift)
+        while places[slot] >= 0 and found[places[slot]] != patterns[i]: slot = (slot + 1) & (places.size - 1)
+        if places[slot] < 0:
             if n == 65536: return -1
-            keys[slot] = key
-            ids[slot] = n
+            places[slot] = n
+            found[n] = patterns[i]
             n += 1
-        out[i] = ids[slot]
+        out[i] = places[slot]
     return n
 
 
-def _frozen(array:np.ndarray) -> np.ndarray:
-    "A read-only view: the compiled loops are then built for one kind of input."
-    view = array.view()
-    view.flags.writeable = False
-    return view
+def _by_value(found:np.ndarray, kind:str) -> np.ndarray:
+    "The order of distinct patterns from the lowest value to the highest; `kind`: `f`loats, `i`ntegers with a sign, `u`nsigned."
+    rising = np.argsort(found)
+    plus = int(np.count_nonzero(found >> found.dtype.type(8 * found.itemsize - 1) == 0)) if kind in "fi" else found.size
+    minus = rising[plus:]
+    return np.concatenate([minus[::-1] if kind == "f" else minus, rising[:plus]])
 
 
-def _codebook(patterns:np.ndarray) -> tuple[np.ndarray, np.ndarray]|None:
-    "The distinct patterns, rising, and the index of each entry (uint8 or uint16); None if there are more than 65,536."
+def _zero(book:np.ndarray) -> int:
+    "The place of the pattern 0 in a codebook; -1 if it is not there."
+    return int(np.argmin(book)) if (book == 0).any() else -1
+
+
+def _codebook(patterns:np.ndarray, kind:str="u") -> tuple[np.ndarray, np.ndarray]|None:
+    "The distinct patterns by value, and the index of each entry (uint8 or uint16); None if there are more than 65,536."
     bits = min(17, max(4, patterns.size.bit_length() + 1))
-    keys, ids, indices = np.zeros(1 << bits, np.uint64), np.full(1 << bits, -1, np.int32), np.empty(patterns.size, np.uint16)
-    n = _number(_frozen(patterns), keys, ids, 64 - bits, indices)
+    found, indices = np.empty(min(patterns.size, _MOST), patterns.dtype), np.empty(patterns.size, np.uint16)
+    n = _number(_frozen(patterns), np.full(1 << bits, -1, np.int32), found, indices)
     if n < 0: return None
-    found = np.zeros(n, patterns.dtype)
-    found[ids[ids >= 0]] = keys[ids >= 0]
-    order = np.argsort(found)
+    found = found[:n]
+    order = _by_value(found, kind)
     rank = np.empty(n, np.uint8 if n <= 256 else np.uint16)
     rank[order] = np.arange(n)
     numbered = indices.astype(np.uint8) if n <= 256 else indices
     for s in _blocks(indices.size): numbered[s] = rank[indices[s]]
     return found[order], numbered
 
-# %% ../nbs/34_container.ipynb #faacc22f
+# %% ../nbs/34_container.ipynb #9970c1b4
+@njit(cache=True, nogil=True)
+def _take_plane(patterns, shift, rotate, out):
+    "Fill `out` with the eight bits from `shift` on of each entry, whose top bit is moved to the bottom before if `rotate`."
+    top = np.uint64(8 * patterns.itemsize - 1)
+    for i in range(out.size):
+        word = np.uint64(patterns[i])
+        if rotate: word = word << np.uint64(1) | word >> top
+        out[i] = word >> np.uint64(shift) & np.uint64(255)
+
+
 def _split_planes(patterns:np.ndarray, rotate:bool) -> Iterator[np.ndarray]:
     "One uint8 array for each byte of an entry, the top byte first; `rotate` moves each top bit to the bottom before."
-    dtype, bits = patterns.dtype.type, 8 * patterns.dtype.itemsize
-    for shift in range(bits - 8, -1, -8):
-        plane = np.empty(patterns.size, np.uint8)
-        for s in _blocks(patterns.size):
-            part = patterns[s] << dtype(1) | patterns[s] >> dtype(bits - 1) if rotate else patterns[s]
-            plane[s] = part >> dtype(shift) & dtype(255)
+    for shift in range(8 * patterns.itemsize - 8, -1, -8):
+        _take_plane(_frozen(patterns), shift, rotate, plane := np.empty(patterns.size, np.uint8))
         yield plane
 
 
@@ -187,10 +210,11 @@ def _join_planes(planes, rotate, out):
         for plane in planes: word = word << np.uint64(8) | np.uint64(plane[i])
         out[i] = word >> np.uint64(1) | (word & np.uint64(1)) << top if rotate else word
 
-# %% ../nbs/34_container.ipynb #5b01f362
+# %% ../nbs/34_container.ipynb #a280ff97
 RAW, CONSTANT, CODEBOOK, PLANES, SPARSE, ALIAS, CUT = 0, 1, 2, 3, 4, 8, 16    # SPARSE is added to one of the first four
 _SIGNED = {"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"}    # floats in which a lone sign bit is −0.0
 _FLOATS = {tag for tag in _DTYPES if tag.startswith(("F", "BF"))}
+_KINDS = {tag: "f" if tag in _FLOATS else "i" if tag.startswith("I") else "u" for tag in _DTYPES}
 
 
 _Body = tuple[int, list]  # a coding id and the pieces of a body, bytes or uint8 arrays
@@ -206,50 +230,63 @@ def _constant(patterns:np.ndarray) -> bool:
     return patterns.size > 1 and all((patterns[s] == patterns[0]).all() for s in _blocks(patterns.size))
 
 
-def _pack_values(patterns:np.ndarray, shape:tuple[int, ...]|None, rotate:bool, coder:str, shared:tuple[np.ndarray, np.ndarray]|None) -> _Body:
-    "The shortest way to write `patterns`; `shape` is theirs, or None where neighbours mean nothing; `shared` their codebook, if there is one."
-    options = [(RAW, [_frozen(patterns.view(np.uint8))])]
-    if coder == "raw" or not patterns.size: return options[0]
+def _hope(streams:Iterable[tuple[np.ndarray, int]]) -> float:
+    "Bytes that streams, which are symbols and the number of values, will hardly fall below."
+    return sum(1 + min(symbols.size * _width(k) / 8, *_estimates(_frozen(symbols), k)) for symbols, k in streams)
+
+
+def _flat(n:int) -> tuple[int, ...]|None:
+    "The shape of `n` symbols without rows; none if they are too many to try the arithmetic coder on."
+    return (n,) if n <= _SHORT else None
+
+
+def _pack_values(patterns:np.ndarray, shape:tuple[int, ...]|None, kind:str, coder:str, shared:tuple|None, most:float=math.inf) -> _Body:
+    "The shortest of the ways that may take less than `most` bytes; `shared`: the codebook and the indices of `patterns`, if there are few."
+    options, n = [(RAW, [_frozen(patterns.view(np.uint8))])], patterns.size
+    if coder == "raw" or not n: return options[0]
     if _constant(patterns): return CONSTANT, [patterns[:1].tobytes()]
-    if shared is not None and shared[0].nbytes < patterns.nbytes:
+    most = min(most, patterns.nbytes)
+    if shared is not None and shared[0].nbytes + _hope([(shared[1], shared[0].size)]) < most:
         book, indices = shared
-        stream = _pack_stream(indices, book.size, coder, shape, -1 if book[0] else 0)
+        stream = _pack_stream(indices, book.size, coder, shape, _zero(book))
         options.append((CODEBOOK, [write_varint(book.size), book.tobytes(), stream]))
-    if coder == "best" and patterns.size >= 16 and (shared is None or shared[0].size > _FEW or patterns.size < _BLOCK):
-        flat = (patterns.size,) if patterns.size <= _SHORT else None
-        options.append((PLANES, [_pack_stream(plane, 256, coder, flat) for plane in _split_planes(patterns, rotate)]))
+        most = min(most, _size(options[-1]))
+    if coder == "best" and n >= 16 and (shared is None or shared[0].size > _FEW or n < _BLOCK):
+        if _hope((plane, 256) for plane in _split_planes(patterns, kind == "f")) < most:
+            options.append((PLANES, [_pack_stream(plane, 256, coder, _flat(n)) for plane in _split_planes(patterns, kind == "f")]))
     return min(options, key=_size)
 
-# %% ../nbs/34_container.ipynb #a40eee2f
+# %% ../nbs/34_container.ipynb #a0585469
 def _pack_positions(mask:np.ndarray, coder:str) -> bytes:
-    "Where the ones of a matrix are. On a small one a bitmap is nearly as short as anything, and found at once; in a long chain of gaps fillers cost time."
+    "Where the ones of a matrix are. On a tiny one a bitmap is nearly as short as anything, and found at once; in a long chain of gaps fillers cost time."
+    if mask.size <= 1024 and mask.size / 8 < 5 + _estimates(_frozen(mask.ravel().view(np.uint8)), 2)[1]:
+        return b"\1" + np.packbits(mask, bitorder="little").tobytes()
+    if coder == "best": return encode_positions(mask, "best")
     ones = np.count_nonzero(mask)
-    if coder == "best":
-        shortest = mask.size * entropy_bits([ones, mask.size - ones]) / 8
-        return encode_positions(mask, "bitmap" if mask.size / 8 < shortest + 6 else "best")
     wide = min(math.ceil(math.log2(4 * mask.size / ones)), 8) if ones > _BLOCK // 4 else 0
     return encode_positions(mask, "gaps", gap_bits=max(best_gap_bits(mask), wide) if wide else None)
 
 
-def _pack_sparse(patterns:np.ndarray, shape:tuple[int, ...], rotate:bool, coder:str) -> _Body:
-    "The positions of the non-zeros, and their values."
+def _pack_sparse(patterns:np.ndarray, shape:tuple[int, ...], kind:str, coder:str, most:float) -> _Body:
+    "The positions of the non-zeros, and their values, in less than `most` bytes if that is easy."
     mask = patterns != 0
     rows = shape[0] if len(shape) > 1 else 1
     positions = _pack_positions(mask.reshape(rows, -1), coder)
     values = patterns[mask]
-    coding, pieces = _pack_values(values, None, rotate, coder, _codebook(values))
+    coding, pieces = _pack_values(values, _flat(values.size), kind, coder, _codebook(values, kind), most - len(positions) - 1)
     return SPARSE + coding, [write_varint(len(positions)), positions, *pieces]
 
 
-def _pack_block(patterns:np.ndarray, shape:tuple[int, ...], rotate:bool, coder:str) -> _Body:
+def _pack_block(patterns:np.ndarray, shape:tuple[int, ...], kind:str, coder:str) -> _Body:
     "The shortest of dense and sparse."
     n, zeros = patterns.size, patterns.size - np.count_nonzero(patterns)
-    if coder == "raw": return _pack_values(patterns, shape, rotate, coder, None)
-    sparse, options = n // 8 < zeros < n, []
+    if coder == "raw": return _pack_values(patterns, shape, kind, coder, None)
+    sparse, options = (n / 8 if n > 256 else (n - 1) / 2) < zeros < n, []     # tiny tensors come in thousands
     if not sparse or coder == "best" or 2 * zeros < n or n < _BLOCK:
-        shared = None if zeros == n else _codebook(patterns)
-        options.append(_pack_values(patterns, shape, rotate, coder, shared))
-    if sparse and not (options and _unbeatable(options[0], shared)): options.insert(0, _pack_sparse(patterns, shape, rotate, coder))
+        shared = None if zeros == n else _codebook(patterns, kind)
+        options.append(_pack_values(patterns, shape, kind, coder, shared))
+    if sparse and not (options and _unbeatable(options[0], shared)):
+        options.insert(0, _pack_sparse(patterns, shape, kind, coder, min(map(_size, options), default=math.inf)))
     return min(options, key=_size)
 
 
@@ -258,7 +295,7 @@ def _unbeatable(body:_Body, shared:tuple[np.ndarray, np.ndarray]|None) -> bool:
     if body[0] != CODEBOOK or body[1][2][0] % 4 != 2: return False
     return 8 * len(body[1][2]) <= shared[1].size * entropy_bits(counts(shared[1])) + 64
 
-# %% ../nbs/34_container.ipynb #f524fd92
+# %% ../nbs/34_container.ipynb #be05fa75
 _CUT_BYTES = 1 << 24  # bytes of a block, at most; of narrow types as many entries as of 32-bit ones
 
 
@@ -272,17 +309,17 @@ def _block_shapes(shape:tuple[int, ...], itemsize:int) -> Iterator[tuple[int, ..
         for start in range(0, shape[0], step): yield (min(step, shape[0] - start), *shape[1:])
 
 
-def _pack_body(patterns:np.ndarray, shape:tuple[int, ...], rotate:bool, coder:str) -> _Body:
+def _pack_body(patterns:np.ndarray, shape:tuple[int, ...], kind:str, coder:str) -> _Body:
     "One block, or several, each with its coding and size before it."
     shapes, bodies, start = list(_block_shapes(shape, patterns.dtype.itemsize)), [], 0
-    if len(shapes) < 2 or coder == "raw" or _constant(patterns): return _pack_block(patterns, shape, rotate, coder)
+    if len(shapes) < 2 or coder == "raw" or _constant(patterns): return _pack_block(patterns, shape, kind, coder)
     for part in shapes:
-        bodies.append(_pack_block(patterns[start:start + math.prod(part)], part, rotate, coder))
+        bodies.append(_pack_block(patterns[start:start + math.prod(part)], part, kind, coder))
         start += math.prod(part)
     if all(coding == RAW for coding, _ in bodies): return RAW, [_frozen(patterns.view(np.uint8))]
     return CUT, [piece for body in bodies for piece in (bytes([body[0]]) + write_varint(_size(body)), *body[1])]
 
-# %% ../nbs/34_container.ipynb #0075cd4a
+# %% ../nbs/34_container.ipynb #c4173ce7
 _TAGS = list(_DTYPES)
 _TAG_OF = {dtype: tag for tag, dtype in _TORCH.items()}
 _CODERS = ("best", "huffman", "raw")
@@ -317,7 +354,7 @@ def _pack(name:str, tensor:Tensor, coder:str) -> list[bytes|np.ndarray]:
     tag, shape = _TAG_OF[tensor.dtype], tuple(tensor.shape)
     if tag == "BOOL" and patterns.size and patterns.max() > 1: raise ValueError(f"{name!r} holds truth values that are neither 0 nor 1")
     _warn_of_negative_zeros(name, patterns, tag)
-    coding, pieces = _pack_body(patterns, shape, tag in _FLOATS, coder)
+    coding, pieces = _pack_body(patterns, shape, _KINDS[tag], coder)
     return _sealed(name, bytes([_TAGS.index(tag), coding, len(shape)]) + b"".join(map(write_varint, shape)), *pieces)
 
 # %% ../nbs/34_container.ipynb #2112c45a
@@ -416,7 +453,7 @@ def _take_apart(name:str, data:bytes|memoryview) -> _Packed:
     if len(r): raise BitstreamError(f"{len(r)} bytes follow the tensor")
     return _Packed(name, data, tag, shape, tuple(blocks))
 
-# %% ../nbs/34_container.ipynb #eee28f9d
+# %% ../nbs/34_container.ipynb #cec20e85
 @njit(cache=True, nogil=True)
 def _look_up(book, indices, out):
     "Replace each index, all of which are below the size of `book`, by its value."
@@ -456,7 +493,7 @@ def _unpack_values(b:_Block, rotate:bool, out:np.ndarray) -> None:
     else:
         book = _book(b, out.dtype)
         shape = (n,) if b.coding & SPARSE else b.shape
-        _look_up(book, _frozen(_unpack_stream(b.streams[0], n, book.size, shape, -1 if book[0] else 0)), out)
+        _look_up(book, _frozen(_unpack_stream(b.streams[0], n, book.size, shape, _zero(book))), out)
 
 
 def _unpack_sparse(b:_Block, rotate:bool, out:np.ndarray) -> None:
@@ -464,7 +501,7 @@ def _unpack_sparse(b:_Block, rotate:bool, out:np.ndarray) -> None:
     if b.coding & 3 == CODEBOOK and len(b.positions) > 2 and b.positions[0] == 0 and 1 <= b.positions[1] <= 16:   # Huffman-coded gaps
         gaps, book, filler = decode(b.positions[2:], max_symbols=out.size), _book(b, out.dtype), (1 << b.positions[1]) - 1
         n = int(np.count_nonzero(gaps != filler))
-        indices = _unpack_stream(b.streams[0], n, book.size, (n,), -1 if book[0] else 0)
+        indices = _unpack_stream(b.streams[0], n, book.size, (n,), _zero(book))
         if not _scatter(_frozen(gaps), filler, book, _frozen(indices), out): raise BitstreamError("the gaps do not fit the tensor")
     else:
         mask = decode_positions(b.positions, out.size)
@@ -674,7 +711,7 @@ def save(
     "Write every tensor of `source` into one file, losslessly, in the fewest bytes; tied tensors once."
     save_tensors(_with_aliases(_state(source)), path, coder=coder, metadata=metadata, n_jobs=n_jobs)
 
-# %% ../nbs/34_container.ipynb #7970f16d
+# %% ../nbs/34_container.ipynb #7325d686
 @dataclass(frozen=True)
 class _Archive:
     "An open file: its handle, the user's metadata, where its entries are, and each tensor's record in the bundle, or None for an entry of its own."
@@ -712,7 +749,8 @@ def _check_format(metadata:dict[str, str]|None, names:Iterable[str]) -> dict[str
     if metadata.pop("format", None) != "nncomp":
         raise BitstreamError("not an .nncomp file but an ordinary safetensors file; use safetensors to read it")
     version = metadata.pop("version", "none")
-    if version != str(VERSION): raise BitstreamError(f"version {version if version.isalnum() and len(version) < 9 else repr(version[:9])}; this nncomp reads version {VERSION}; upgrade nncomp")
+    shown = version if version.isalnum() and len(version) < 9 else repr(version[:9])
+    if version != str(VERSION): raise BitstreamError(f"version {shown}; this nncomp reads version {VERSION}; upgrade nncomp")
     if BUNDLE not in names: raise BitstreamError(f"the entry {BUNDLE!r} is missing")
     return metadata
 

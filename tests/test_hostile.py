@@ -1,9 +1,12 @@
 "Bytes written on purpose: what the fuzzer found, and lies of every kind with right checksums (flips and cuts: test_container.py)."
 
+import contextlib
 import json
+import os
 import struct
 import tracemalloc
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -114,12 +117,143 @@ def test_lying_shapes():
 
 
 def test_unknown_codes():
-    for code in range(256):
-        for coding in (0, 1, 2, 3, 4, 7, 8, 9, 16, 128, 255):
-            if code >= len(container._TAGS) or coding > 7:
-                assert refused(head(code, coding, 3) + bytes(3))
-    for kind in (3,):
-        assert refused(head(U8, 2, 3) + b"\1\5" + stream(encode(np.zeros(3, np.uint8)), kind), words="kind")
+    types, known = range(len(container._TAGS)), {*range(8), container.ALIAS, container.CUT}
+    for code in range(len(types), 256):
+        for coding in (0, 7, 9, container.CUT, 255):
+            assert refused(head(code, coding, 3) + bytes(3), words="unknown type")
+        assert refused(head(code, container.ALIAS, 3), words="another name")  # 255 is written, and none of them is read
+    for coding in {*range(256)} - known:
+        for code in types:
+            assert refused(head(code, coding, 3) + bytes(3), words="unknown coding")
+    for coding in {*range(256)} - {*range(8)}:  # a block is neither an alias nor cut again
+        assert refused(head(U8, container.CUT, 3) + bytes([coding, 3]) + bytes(3), words="unknown coding")
+    assert refused(head(U8, 2, 3) + b"\1\5" + stream(encode(np.zeros(3, np.uint8)), 3), words="kind 3")
+    assert refused(head(U8, container.CUT, 3) + b"\2\4" + b"\1\5" + stream(b"\0", 3), words="kind 3")
+
+
+# ---- arithmetic streams and blocks -----------------------------------------------------------------------------------
+
+
+def kinds(packed, name="w"):
+    "The kinds of the streams in a packed tensor."
+    return {kind for block in container._take_apart(name, packed).blocks for kind, _ in block.streams}
+
+
+def arithmetic_tensors():
+    "A tensor for each way of coding an arithmetic stream: rows, kernels, images in the rows, no zero, flat planes."
+    rng = np.random.default_rng(0)
+
+    def few(shape, density=0.3, values=5):
+        return torch.from_numpy(rng.integers(-values, values, shape) * (rng.random(shape) < density)).float() / 4 + 0.0
+
+    images = torch.zeros(12, 7, 7)
+    images[:, 2:5, 2:4] = few((12, 3, 2), 0.9)
+    yield from (few((9, 20)), few((6, 2, 3, 3)), images.reshape(12, 49), few((40, 16), 1.0) + 9, few((50,)))
+    yield few((90,), 1.0, 900).bfloat16()
+
+
+def either(inner, shape):
+    "What a damaged packed tensor gives: an error, or a tensor of its shape."
+    try:
+        assert unpack_tensor("w", seal(bytes(inner), b"w"), max_bytes=MIB).shape == shape
+    except BitstreamError as error:
+        assert str(error).startswith("tensor 'w': ")
+        return "error"
+    return "tensor"
+
+
+def test_damaged_arithmetic_streams():
+    "With a right checksum a damaged message may well decode; it ends in time, in bounds, and in values of the codebook."
+    seen = Counter()
+    for tensor in arithmetic_tensors():
+        packed = pack_tensor("w", tensor)
+        assert kinds(packed) >= {2} and packed[1] & 3 in (container.CODEBOOK, container.PLANES)
+        inner, known = packed[:-4], set(tensor.flatten().tolist())
+        data = bytes(container._take_apart("w", packed).blocks[0].streams[0][1])
+        start = inner.index(data)
+        for i in range(8 * start, 8 * (start + len(data))):
+            hurt = bytearray(inner)
+            hurt[i // 8] ^= 1 << i % 8
+            seen[either(hurt, tensor.shape)] += 1
+            with contextlib.suppress(BitstreamError):
+                back = unpack_tensor("w", seal(bytes(hurt), b"w"))
+                assert packed[1] & 3 == container.PLANES or set(back.flatten().tolist()) <= known
+        for i in range(len(inner)):
+            assert refused(inner[:i])
+        if packed[1] == container.CODEBOOK:  # shortened with a right size, and with bytes appended
+            front = inner[: start - len(write_varint(4 * len(data) + 2))]
+            for cut in range(len(data)):
+                seen[either(front + stream(data[:cut], 2), tensor.shape)] += 1
+            assert refused(front + stream(data + bytes(9), 2), words="left over")
+            for kind in (0, 1):
+                either(front + stream(data, kind), tensor.shape)
+    assert seen["error"] and seen["tensor"]
+
+
+def test_lies_about_arithmetic_streams():
+    assert refused(head(U8, 2, 9) + b"\2\0\1" + stream(b"", 2))
+    for way in (2, 3, 49, 127):  # images that the rows do not hold
+        assert refused(head(U8, 2, 4, 20) + b"\2\0\1" + stream(write_varint(way) + bytes(8), 2), words="images")
+    assert refused(head(U8, 2, 9) + b"\3\0\1\2" + stream(b"\0" + b"\xff" * 12, 2))
+    for n in HUGE:
+        assert refused(head(U8, 2, n) + b"\2\0\1" + stream(b"\0", 2))
+        assert refused(head(U8, 2, 9) + b"\2\0\1" + stream(write_varint(n) + bytes(9), 2))
+        assert refused(head(F32, 5, 9) + sized(b"\5" + write_varint(n) + bytes(9)) + bytes(4))
+    mask = np.arange(400) % 7 == 0
+    assert refused(head(F32, 5, 24) + sized(encode_positions(mask.reshape(20, 20), "context")) + bytes(4))
+
+
+def test_blocks_that_lie(monkeypatch):
+    "A cut tensor whose blocks are too few, too many, too long, too short, or of another coding."
+    monkeypatch.setattr(container, "_CUT_BYTES", 256)
+    raw = [b"\0" + sized(bytes(range(64))), b"\0" + sized(bytes(36))]
+    assert unpack_tensor("w", seal(head(U8, 16, 100) + b"".join(raw), b"w"))[63] == 63
+    constant = b"\1" + sized(b"\7")
+    assert set(unpack_tensor("w", seal(head(U8, 16, 100) + raw[0] + constant, b"w"))[64:].tolist()) == {7}
+    for blocks in (raw[:1], [], [*raw, raw[1]], [*raw, b"\0\0"], raw[::-1], [raw[0], raw[0]], [raw[0], b"\0" + sized(bytes(35))]):
+        assert refused(head(U8, 16, 100) + b"".join(blocks))
+    for n in HUGE:
+        assert refused(head(U8, 16, 100) + b"\0" + write_varint(n) + bytes(100))
+        assert refused(head(U8, 16, n) + raw[0])
+    for shape in ((100, 0), (0,), (0, 2**40), ()):
+        either(head(U8, 16, *shape) + raw[0], shape)
+    tensor = torch.arange(105).reshape(7, 15) % 7
+    inner = pack_tensor("w", tensor)[:-4]
+    assert inner[1] == container.CUT and kinds(seal(inner, b"w")) >= {2}
+    for i in range(8 * len(inner)):
+        hurt = bytearray(inner)
+        hurt[i // 8] ^= 1 << i % 8
+        try:
+            unpack_tensor("w", seal(bytes(hurt), b"w"), max_bytes=MIB)
+        except BitstreamError as error:
+            assert str(error).startswith("tensor 'w': ")
+    for i in range(len(inner)):
+        assert refused(inner[:i])
+
+
+def test_every_flip_and_cut_of_files_with_arithmetic_streams_and_blocks(tmp_path, monkeypatch):
+    "As anyone's disk might do it, without a new checksum: an error, or every bit of the original."
+    monkeypatch.setattr(container, "_CUT_BYTES", 256)
+    monkeypatch.setattr(container, "OWN_ENTRY", 90)
+    path, tensors = tmp_path / "x.nncomp", list(arithmetic_tensors())
+    state = {"rows": tensors[0], "kernels": tensors[1], "cut": torch.arange(105).reshape(7, 15) % 7}
+    container.save(state, path)
+    with container._opened(path) as archive:
+        packed = {name: archive.packed(name) for name in archive.records}
+    assert all(2 in kinds(data, name) for name, data in packed.items()) and packed["cut"][1] == container.CUT
+    assert None in archive.records.values()  # one of them has an entry of its own
+    whole = path.read_bytes()
+    with open(path, "r+b", buffering=0) as file:
+        for i in range(8 * len(whole)):
+            os.pwrite(file.fileno(), bytes([whole[i // 8] ^ 1 << i % 8]), i // 8)
+            with pytest.raises(BitstreamError):
+                load(path)
+            os.pwrite(file.fileno(), whole[i // 8 : i // 8 + 1], i // 8)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in load(path).items())
+        for i in reversed(range(len(whole))):
+            os.ftruncate(file.fileno(), i)
+            with pytest.raises(BitstreamError):
+                load(path)
 
 
 def test_truth_values_are_zero_or_one():
@@ -228,14 +362,16 @@ def bombs(n):
         yield head(U8, 5, n) + sized(positions) + b"\7"
         yield head(U8, 6, n) + sized(positions) + b"\1\7" + stream(zeros)
         yield head(U8, 7, n) + sized(positions) + stream(narrow)
+    yield head(U8, 2, n) + b"\2\0\1" + stream(b"\0", 2)
+    yield head(U8, 5, n) + sized(b"\5\0") + b"\7"
 
 
-@pytest.mark.parametrize("bomb", range(21))
+@pytest.mark.parametrize("bomb", range(23))
 def test_bombs_are_refused_by_their_header_alone(bomb):
     assert refused(list(bombs(10**9))[bomb], most=10**9 - 1, words="max_expansion")
 
 
-@pytest.mark.parametrize("bomb", range(21))
+@pytest.mark.parametrize("bomb", range(23))
 def test_memory_is_a_small_multiple_of_what_is_declared(bomb):
     n = 4 * MIB
     packed = seal(list(bombs(n))[bomb], b"w")

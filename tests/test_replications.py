@@ -26,6 +26,10 @@ from nncomp.replications import (
     Report004,
     _choose_price,
     _difference,
+    demo_table,
+    lengths_table,
+    longer_table,
+    price_verdict,
     pruning_table,
     rate_distortion_table,
     report004_table,
@@ -38,6 +42,8 @@ from nncomp.replications import (
     sharing_table,
     start_table,
     train_and_prune,
+    two_bit_table,
+    verdict_table,
 )
 from nncomp.results import Record, config_id, find_experiment
 from nncomp.training import evaluate, fit
@@ -258,6 +264,25 @@ def test_tables_from_records(monkeypatch):
         assert set(frame["tuned − pruned net"]) == {"+0.00 [+0.00, +0.00] no difference seen"}
     frame = start_table(2)
     assert frame["shared only"].tolist()[:4] == [f"{d:+.2f} [{d:+.2f}, {d:+.2f}] worse" for d in (-4., -3., -2., -1.)]
+    frame = two_bit_table()
+    assert frame["limit"].tolist()[:6] == ["", "0.3: target met", "0.3: target missed", "", "1.0: target met", "1.0: target met"]
+    assert frame["worst start"].tolist()[::3] == ["linear"] * 4 and frame["worst start"][2] == "forgy"
+    assert frame["best − worst start"].tolist()[:3] == ["4 ± 0 (3)", "0 ± 0 (3)", "0.5 ± 0 (3)"] and set(frame["limit"][6:]) == {""}
+    frame = verdict_table()
+    assert set(frame["against the optimum, shared only"]) == {"linear, forgy, density, k-means++ worse"}
+    assert set(frame["against the optimum, trained"]) == {"no difference seen"}
+    assert set(frame["density − linear, shared only"]) == {"+2.00 [+2.00, +2.00] better"}
+    kept["report003-thresholds"] = [replace(r, seed=k, config=json.loads(json.dumps(vars(c)))) for c in find_experiment(
+        "report003-thresholds").configs for k, r in enumerate(records("report003-thresholds", lambda k: dict(
+            dense_accuracy=99., pruned_accuracy=98., zeros=dict.fromkeys(("fc1.weight", "fc2.weight", "fc3.weight"), 7),
+            lengths={str(e): [e / 100, e / 1000, 0.] for e in (5, 10, 20, 60)}), seeds=2))]
+    frame = lengths_table()
+    assert frame["largest"].tolist()[:3] == ["0.05 ± 0 (2)", "0.2 ± 0 (2)", "0.6 ± 0 (2)"] and len(frame) == 10
+    assert frame["images a step"].tolist() == ["512"] * 3 + ["32"] * 2 + ["128"] * 5
+    frame = longer_table()
+    assert frame["60 + 30 epochs"].tolist() == ["7 ± 0 (2)"] * 3 + ["99 ± 0 (2)", "98 ± 0 (2)"] and "(2)" in frame["20 + 10 epochs"][3]
+    kept["report000-demo"] = kept["report003-test-1"]
+    assert demo_table()["ours"].tolist()[-3:] == ["92.10 ± 0.10 (3)", "97.10 ± 0.10 (3)", "97.10 ± 0.10 (3)"]
     stage = {"accuracy": 98., "loss": .05}
     kept["report004-lenet-5-small"] = records("report004-lenet-5-small", lambda k: dict(
         stages=dict.fromkeys(("dense", "cut", "pruned", "shared", "tuned"), stage), pruned=10_000 + k, pruned_bytes=9, file_bytes=7))
@@ -268,6 +293,12 @@ def test_tables_from_records(monkeypatch):
     arm = dict(bytes=100, nonzero=9, error_percent=2.)
     kept["rate-distortion-lenet-300-100"] = records("rate-distortion-lenet-300-100", lambda k: dict(
         arms={f"kmeans-{n}": arm for n in (32, 16, 8)}, priced=arm | {"bytes": 80 + k, "error_percent": 1.9}))
+    for r in kept["rate-distortion-lenet-300-100"]:
+        r.metrics["plain"] = arm | dict(valid_loss=.1, valid_error_percent=2.)
+        r.metrics["priced"] |= dict(valid_loss=.1 + .1 * (r.seed == 2), valid_error_percent=2.)
+    assert price_verdict() == ("A price on bits was at equal validation accuracy for 2 of 3 seeds; "
+                               "the file is smaller by 19.0 ± 1.0 (3) %. "
+                               "Test accuracy against plain k-means: better (95 % interval +0.10 to +0.10 points).")
     frame = rate_distortion_table()
     assert frame["smaller by, %"].tolist() == ["0 ± 0 (3)"] * 3 + ["19.0 ± 1.0 (3)"]
     assert frame["accuracy gained, points"].tolist()[-1] == "+0.10 [+0.10, +0.10] better"

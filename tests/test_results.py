@@ -1,12 +1,15 @@
 """Results: ids that last, runs that resume, records that cannot drift, and no orphan in the repository."""
 import ast
 import dataclasses
+import functools
 import importlib
+import inspect
 import json
 import math
 import re
 import shutil
 import statistics
+import symtable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nncomp import replications, results
+from nncomp import results
 from nncomp.results import (
     Published,
     Record,
@@ -499,27 +502,121 @@ def test_rivals_live_elsewhere(records, tmp_path, monkeypatch):
     assert records.rival_python("huffman") == tmp_path / "bench-huffman" / "bin" / "python"
 
 
-REPLICATION_TABLE = re.compile(r"show_table\((\w+_table)\(")  # the tables of 45_replications are functions of that module
+CHANGES = ("add", "append", "extend", "insert", "pop", "setdefault", "update")
+SHOWN = re.compile(r"^#\| label: (tbl-[\w-]+)", re.M)
 
 
-def record_tables():
-    "Every saved table cell of the book that reads records: (notebook, source, saved HTML)."
+def uses(function, code=None):
+    "The functions of the package that a function names, itself or in a function inside it."
+    code = code or function.__code__
+    found = {f for f in map(function.__globals__.get, code.co_names) if inspect.isfunction(f) and f.__module__.startswith("nncomp.")}
+    return found.union(*(uses(function, c) for c in code.co_consts if hasattr(c, "co_names")))
+
+
+@functools.cache
+def readers(module):
+    "Names in a module of the functions that read records, at whatever depth."
+    graph, todo = {}, [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__.startswith("nncomp.")]
+    while todo:
+        if (f := todo.pop()) not in graph:
+            graph[f] = uses(f)
+            todo += graph[f]
+    found = {load_records, load_benchmark}
+    while more := {f for f, used in graph.items() if used & found} - found:
+        found |= more
+    return {n for n, f in vars(module).items() if inspect.isfunction(f) and f in found}
+
+
+def in_order(node):
+    "The names in a syntax tree, roughly as they are evaluated."
+    fields = {ast.Assign: ("value", "targets"), ast.NamedExpr: ("value", "target"), ast.For: ("iter", "target", "body", "orelse"),
+              ast.ListComp: ("generators", "elt"), ast.GeneratorExp: ("generators", "elt"), ast.SetComp: ("generators", "elt"),
+              ast.DictComp: ("generators", "key", "value"), ast.comprehension: ("iter", "target", "ifs")}.get(type(node), node._fields)
+    if isinstance(node, ast.Name):
+        yield node
+    for part in fields:
+        value = getattr(node, part, None)
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from in_order(child)
+
+
+def names_of(statement):
+    "What a statement of a notebook defines or changes, and what it uses, arguments and names inside comprehensions left out."
+    def inside(scope):
+        return {x.get_name() for x in scope.get_symbols() if x.is_referenced() and x.is_global()}.union(*map(inside, scope.get_children()))
+
+    top = symtable.symtable(ast.unparse(statement), "cell", "exec")
+    made = {x.get_name() for x in top.get_symbols() if x.is_assigned() or x.is_imported()}
+    used = {x.get_name() for x in top.get_symbols() if x.is_referenced()}.union(*map(inside, top.get_children()))
+    for node in ast.walk(statement):                                   # rows.append(…), frame["x"] = …
+        call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES
+        inner = node.func if call else node
+        while isinstance(inner, (ast.Subscript, ast.Attribute)) and (call or isinstance(node.ctx, ast.Store)):
+            inner = inner.value
+        if inner is not node and isinstance(inner, ast.Name):
+            made.add(inner.id)
+    first = {}
+    for node in in_order(statement):
+        first.setdefault(node.id, isinstance(node.ctx, ast.Store) and not isinstance(statement, ast.AugAssign))
+    return made, {name for name in used if not (name in made and first.get(name))}
+
+
+def notebook_statements(path):
+    "(cell, statement) of the code that is not exported, in order, and the module that the rest is exported to."
+    module, found = None, []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            continue
+        if named := re.match(r"#\| ?default_exp (\w+)", source):
+            module = named[1]
+        elif not re.match(r"#\| ?exports?\b", source) and "eval: false" not in source and not re.search(r"^[!%]", source, re.M):
+            found += [(cell, statement) for statement in ast.parse(source).body]
+    return module, found
+
+
+def sliced(statements, at, known):
+    "The statements that the cell at `at` needs, its own included; names in `known` come from elsewhere."
+    cell = statements[at][0]
+    kept, needed = [], set()
+    for other, statement in reversed(statements[:at + 1]):
+        made, used = names_of(statement)
+        if other is cell or made & needed:
+            kept.append(statement)
+            needed = (needed - (made - used)) | (used - known)
+    return kept[::-1]
+
+
+def record_cells():
+    "Every saved cell of the book that shows committed records: (module, statements it needs, its outputs)."
     for path in sorted((REPOSITORY / "nbs").glob("*.ipynb")):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        module, statements = notebook_statements(path)
+        if not module:
+            continue
+        module = importlib.import_module(f"nncomp.{module}")
+        last = {id(cell): i for i, (cell, _) in enumerate(statements)}
+        for i, (cell, _) in enumerate(statements):
             source = "".join(cell["source"])
-            reads = re.search(r"\btable\(", source) and '"classic-' in source or "benchmark_table(" in source
-            reads = reads or REPLICATION_TABLE.search(source)
-            if cell["cell_type"] == "code" and "label: tbl-" in source and reads:
-                html = ["".join(o["data"]["text/html"]) for o in cell["outputs"] if "text/html" in o.get("data", {})]
-                yield pytest.param(source, html, id=f"{path.stem}-{re.search('tbl-[a-z-]+', source)[0]}")
+            shown = [o for o in cell["outputs"] if "text/html" in o.get("data", {}) or o["output_type"] == "stream"]
+            if last[id(cell)] != i or not shown:
+                continue
+            needed = sliced(statements, i, set(vars(module)))
+            used = set().union(*(names_of(s)[1] for s in needed))
+            local = set().union(*(names_of(s)[0] for s in needed if not isinstance(s, (ast.Import, ast.ImportFrom))))
+            read = (used - local) & (readers(module) | readers(results))
+            label = SHOWN.search(source)
+            if read and not used & {"mkdtemp", "tempfile", "fit", "reproduce"} and (label or "print" in source):
+                yield pytest.param(module, needed, cell, id=f"{path.stem}-{label[1] if label else cell['id']}")
 
 
-@pytest.mark.parametrize("source, html", list(record_tables()))
-def test_tables_in_the_book_are_those_of_the_records(source, html):
-    known = ("Published", "benchmark_table", "load_benchmark", "load_records", "show_table", "table")
-    names = {name: getattr(results, name) for name in known}
-    names |= {name: getattr(replications, name) for name in REPLICATION_TABLE.findall(source) if name != "benchmark_table"}
-    *before, last = ast.parse(source).body
-    exec(compile(ast.Module(before, []), "cell", "exec"), names)
+@pytest.mark.parametrize("module, statements, cell", list(record_cells()))
+def test_what_the_book_shows_of_records_is_in_them(module, statements, cell, capsys):
+    names = vars(importlib.import_module("fastcore.test")) | vars(module)
+    *before, last = statements if isinstance(statements[-1], ast.Expr) else [*statements, ast.parse("None").body[0]]
+    exec(compile(ast.Module(before, []), "cells", "exec"), names)
     shown = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
-    assert html == [shown._repr_html_()]
+    html = ["".join(o["data"]["text/html"]) for o in cell["outputs"] if "text/html" in o.get("data", {})]
+    printed = "".join("".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream")
+    assert html == ([] if shown is None else [shown._repr_html_()])
+    assert capsys.readouterr().out == printed
