@@ -295,7 +295,7 @@ def _unbeatable(body:_Body, shared:tuple[np.ndarray, np.ndarray]|None) -> bool:
     if body[0] != CODEBOOK or body[1][2][0] % 4 != 2: return False
     return 8 * len(body[1][2]) <= shared[1].size * entropy_bits(counts(shared[1])) + 64
 
-# %% ../nbs/34_container.ipynb #be05fa75
+# %% ../nbs/34_container.ipynb #7fd5889d
 _CUT_BYTES = 1 << 24  # bytes of a block, at most; of narrow types as many entries as of 32-bit ones
 
 
@@ -309,10 +309,16 @@ def _block_shapes(shape:tuple[int, ...], itemsize:int) -> Iterator[tuple[int, ..
         for start in range(0, shape[0], step): yield (min(step, shape[0] - start), *shape[1:])
 
 
+def _airy(patterns:np.ndarray, coder:str) -> bool:
+    "Whether the gaps and values of the whole tensor take no more memory than those of a dense block would."
+    ones = np.count_nonzero(patterns) if coder == "huffman" else patterns.size
+    return 8 * ones <= patterns.size and 4 * ones <= _CUT_BYTES
+
+
 def _pack_body(patterns:np.ndarray, shape:tuple[int, ...], kind:str, coder:str) -> _Body:
     "One block, or several, each with its coding and size before it."
     shapes, bodies, start = list(_block_shapes(shape, patterns.dtype.itemsize)), [], 0
-    if len(shapes) < 2 or coder == "raw" or _constant(patterns): return _pack_block(patterns, shape, kind, coder)
+    if len(shapes) < 2 or coder == "raw" or _constant(patterns) or _airy(patterns, coder): return _pack_block(patterns, shape, kind, coder)
     for part in shapes:
         bodies.append(_pack_block(patterns[start:start + math.prod(part)], part, kind, coder))
         start += math.prod(part)
@@ -453,7 +459,7 @@ def _take_apart(name:str, data:bytes|memoryview) -> _Packed:
     if len(r): raise BitstreamError(f"{len(r)} bytes follow the tensor")
     return _Packed(name, data, tag, shape, tuple(blocks))
 
-# %% ../nbs/34_container.ipynb #cec20e85
+# %% ../nbs/34_container.ipynb #09cd5d50
 @njit(cache=True, nogil=True)
 def _look_up(book, indices, out):
     "Replace each index, all of which are below the size of `book`, by its value."
@@ -461,18 +467,26 @@ def _look_up(book, indices, out):
 
 
 @njit(cache=True, nogil=True)
-def _scatter(gaps, filler, book, indices, out):
-    "Write the next value after each gap; a gap of `filler` is that many zeros and no value. Whether everything fitted exactly."
-    at, used = 0, 0
+def _reach(gaps, filler):
+    "How many values there are, and how many entries they and the gaps take; -1 where a gap is above `filler`, or the last is one."
+    entries, values, widest = 0, 0, 0
     for i in range(gaps.size):
         gap = np.int64(gaps[i])
+        entries, values, widest = entries + gap, values + (gap < filler), max(widest, gap)
+    return values, -1 if widest > filler or gaps.size and gaps[-1] >= filler else entries + values
+
+
+@njit(cache=True, nogil=True)
+def _scatter(gaps, filler, book, indices, out):
+    "Write the next value after each gap; a gap of `filler` is that many zeros and no value. `_reach` has seen that all fit."
+    at = used = np.uint64(0)
+    for i in range(gaps.size):
+        gap = np.uint64(gaps[i])
         at += gap
-        if gap > filler or at >= out.size or used >= indices.size: return False
-        value = np.uint64(book[indices[used]])
-        out[at] = value if gap < filler else np.uint64(0)         # no branch, which could not be predicted: a zero where there is one
-        at += gap < filler
-        used += gap < filler
-    return used == indices.size and (gaps.size == 0 or gaps[-1] < filler)
+        real = np.uint64(gap < filler)
+        out[at] = np.uint64(book[indices[used]]) * real           # no branch, which could not be predicted: a zero where there is one
+        at += real
+        used += real
 
 
 def _book(b:_Block, dtype:np.dtype) -> np.ndarray:
@@ -500,9 +514,9 @@ def _unpack_sparse(b:_Block, rotate:bool, out:np.ndarray) -> None:
     "Fill `out`, which is zero, where the positions say."
     if b.coding & 3 == CODEBOOK and len(b.positions) > 2 and b.positions[0] == 0 and 1 <= b.positions[1] <= 16:   # Huffman-coded gaps
         gaps, book, filler = decode(b.positions[2:], max_symbols=out.size), _book(b, out.dtype), (1 << b.positions[1]) - 1
-        n = int(np.count_nonzero(gaps != filler))
-        indices = _unpack_stream(b.streams[0], n, book.size, (n,), _zero(book))
-        if not _scatter(_frozen(gaps), filler, book, _frozen(indices), out): raise BitstreamError("the gaps do not fit the tensor")
+        n, entries = _reach(_frozen(gaps), filler)
+        if not 0 <= entries <= out.size: raise BitstreamError("the gaps do not fit the tensor")
+        _scatter(_frozen(gaps), filler, book, _frozen(_unpack_stream(b.streams[0], n, book.size, (n,), _zero(book))), out)
     else:
         mask = decode_positions(b.positions, out.size)
         _unpack_values(b, rotate, values := np.empty(np.count_nonzero(mask), out.dtype))
