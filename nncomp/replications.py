@@ -652,7 +652,7 @@ def report004_table(
             ("file, shared, B", "file", lambda r: r.metrics["file_bytes"])]
     return require("pandas").DataFrame([{"quantity": label, "the report": paper.get(key, "–"), "ours": _spread(records, value)} for label, key, value in rows])
 
-# %% ../nbs/45_replications.ipynb #033c1162
+# %% ../nbs/45_replications.ipynb #e323cde9
 @dataclass(frozen=True)
 class RateDistortion:
     "Plain k-means against values that weigh distance against bits, on one pruned net and with the same epochs of tuning."
@@ -668,7 +668,7 @@ class RateDistortion:
     bits:tuple[int, ...] = (5, 4, 3)   # of plain k-means; the first is what is compared
     share_epochs:int = 4          # of tuning, for every arm
     share_lr:float = 2e-4         # their highest learning rate
-    prices:tuple[float, ...] = (5e-9, 1e-8, 2e-8, 3e-8)  # of a bit; one is chosen on validation images
+    prices:tuple[float, ...] = (0.002, 0.004, 0.006, 0.008)  # of a bit, as shares of the mean h·w² of the weights that are left; one is chosen on validation images
     importance_images:int = 4000  # for `weight_importance`
     damping:float = 1.            # for `weight_importance`
 
@@ -716,7 +716,7 @@ def _choose_price(arms:dict) -> str:
     good = [name for name in priced if all(arms[name][key] <= arms[first][key] for key in ("valid_loss", "valid_error_percent"))]
     return min(good, key=lambda name: arms[name]["bytes"], default=priced[0])
 
-# %% ../nbs/45_replications.ipynb #2aca04be
+# %% ../nbs/45_replications.ipynb #c8f25ee0
 def run_rate_distortion(
     config:RateDistortion,  # what to do
     seed:int,             # initial weights and order of the images
@@ -730,7 +730,8 @@ def run_rate_distortion(
     data = _images(config.dataset, config.model)
     dense, pruned = _pruned_net(config, data, seed, folder, progress)
     importance = weight_importance(pruned, data, images=config.importance_images, damping=config.damping, seed=seed)
-    plans = {f"kmeans-{2**b}": (b, 0.) for b in config.bits} | {f"price-{p:g}": (config.bits[0], p) for p in config.prices}
+    unit = sum(float((importance[n] * w.detach()**2).sum()) for n, w in named_weights(pruned).items()) / count_nonzero(named_weights(pruned).values())
+    plans = {f"kmeans-{2**b}": (b, 0.) for b in config.bits} | {f"price-{p:g}": (config.bits[0], p * unit) for p in config.prices}
     arms = {}
     for name, (bits, lam) in tqdm(plans.items(), desc="sharing", disable=not progress):
         arms[name] = _remembered(folder / f"{name}.json", lambda: _measured_arm(pruned, data, config, bits, lam, importance, seed, folder / f"{name}.nncomp"))
@@ -740,7 +741,7 @@ def run_rate_distortion(
         arms[name]["error_percent"] = evaluate(net, data.test).error_percent
     dense, pruned = (evaluate(m, data.test) for m in (dense, pruned))
     return dict(model=config.model, dataset=config.dataset, test_images=dense.n, dense_error_percent=dense.error_percent, pruned_error_percent=pruned.error_percent,
-                arms=arms, chosen=chosen, plain=arms[next(iter(arms))], priced=arms[chosen], file_bytes=arms[chosen]["bytes"],
+                price_unit=unit, arms=arms, chosen=chosen, plain=arms[next(iter(arms))], priced=arms[chosen], file_bytes=arms[chosen]["bytes"],
                 file_error_percent=arms[chosen]["error_percent"], artefact=folder / f"{chosen}.nncomp")
 
 # %% ../nbs/45_replications.ipynb #e2b37112

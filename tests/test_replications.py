@@ -220,12 +220,12 @@ def test_report004(config, tmp_path):
 
 
 def test_rate_distortion(tmp_path):
-    config = RateDistortion(dataset="digits", epochs=2, prune_epochs=2, share_epochs=2, bits=(5, 3), prices=(1e-10, 1e-7),
+    config = RateDistortion(dataset="digits", epochs=2, prune_epochs=2, share_epochs=2, bits=(5, 3), prices=(1e-4, 0.05),
                             importance_images=100)
     metrics = run_rate_distortion(config, 0, tmp_path, progress=False)
     arms = metrics["arms"]
-    assert list(arms) == ["kmeans-32", "kmeans-8", "price-1e-10", "price-1e-07"] and metrics["plain"] == arms["kmeans-32"]
-    assert arms["price-1e-07"]["bytes"] < arms["price-1e-10"]["bytes"] < arms["kmeans-32"]["bytes"]
+    assert list(arms) == ["kmeans-32", "kmeans-8", "price-0.0001", "price-0.05"] and metrics["plain"] == arms["kmeans-32"]
+    assert arms["price-0.05"]["bytes"] < arms["price-0.0001"]["bytes"] < arms["kmeans-32"]["bytes"]
     assert metrics["priced"] == arms[metrics["chosen"]] and metrics["file_bytes"] == metrics["artefact"].stat().st_size
     assert ["error_percent" in arm for arm in arms.values()].count(True) == 3
     assert metrics == run_rate_distortion(config, 0, tmp_path, progress=False)
