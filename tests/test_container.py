@@ -376,11 +376,11 @@ def golden_states():
     mixed = {"kernels": kernels.float() + 0.0, "matrix": torch.from_numpy(whole.reshape(40, 50))}
     mixed["ramp"] = torch.arange(400, dtype=torch.bfloat16)
     cut = torch.zeros(4_200_000, dtype=torch.uint8)
-    cut[::99_991] = torch.arange(43, dtype=torch.uint8) % 5
+    cut[::5] = torch.arange(840_000) % 5
     return {"best": mixed, "huffman": mixed | {"cut": cut}}
 
 
-GOLDEN_SHA256 = {"best": (1453, "f08af41508d94a74"), "huffman": (2137, "f8471047e8c0f748")}
+GOLDEN_SHA256 = {"best": (1453, "f08af41508d94a74"), "huffman": (275201, "3270f9c8b2658f02")}
 
 
 @pytest.mark.parametrize("coder", ["best", "huffman"])
@@ -860,7 +860,8 @@ def test_tensors_that_are_cut(shape, dtype, coder):
     for density in (0.003, 1.0):
         tensor = torch.from_numpy(rng.integers(1, 9, shape) * (rng.random(shape) < density)).to(dtype)
         data = pack_tensor("w", tensor, coder)
-        assert data[1] == (container.CUT if coder != "raw" else container.RAW)
+        whole = coder == "raw" or (coder == "huffman" and density < 0.1)  # few values and gaps, as many as in a block
+        assert (data[1] != container.CUT) == whole
         assert same(unpack_tensor("w", data), tensor)
     assert pack_tensor("z", torch.zeros(shape, dtype=dtype), coder)[1] == (container.CONSTANT if coder != "raw" else container.RAW)
     if coder == "huffman":
