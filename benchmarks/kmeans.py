@@ -4,10 +4,11 @@
     python benchmarks/kmeans.py [--scale S] [--repeats R] [--record]
 
 The values are normal, pushed away from zero as in a pruned layer, in float32. Each call starts from unsorted values and ends with the
-assignments in their order; nothing is timed before a first small call (which compiles). Two clocks run: wall time, and the CPU time of
-the process that makes the call, to which other processes on the machine add little (recorded as `..._cpu`; ratios of both). Of each,
-our time is the best of the repeats, which stand before and after the rivals' turns; a rival that takes more than ten seconds has one
-turn. All inertias are computed alike: the partition that each returned, about its own means, in float64.
+assignments in their order; scikit-learn runs with its defaults and once more to the end (tol=0). Nothing is timed before a first small
+call (which compiles). Two clocks run: wall time, and the CPU time of the process that makes the call, to which other processes on the
+machine add little (recorded as `..._cpu`; ratios of both). Of each, our time is the best of the repeats, which stand before and after
+the rivals' turns; a rival that takes more than ten seconds has one turn. All inertias are computed alike: the partition that each
+returned, about its own means, in float64.
 
 Memory is the growth of the peak resident set of a process of its own (Linux, VmHWM after a reset, less VmRSS before the call): all
 that the call allocates and what it returns, without the input, the imports and the compiled code. `--scale 0.1` is a trial run.
@@ -45,7 +46,8 @@ elif name == "kmeans1d":
 else:
     from sklearn.cluster import KMeans
     grid = np.linspace(x.min(), x.max(), k)[:, None]
-    call, wide = lambda x: KMeans(k, init=grid, n_init=1).fit(x[:, None]).labels_, x
+    options = dict(tol=0, max_iter=10_000) if name.endswith("tol=0") else {}
+    call, wide = lambda x: KMeans(k, init=grid, n_init=1, **options).fit(x[:, None]).labels_, x
 call(wide[:8 * k])
 start, cpu = time.perf_counter(), time.process_time()
 labels = call(wide)
@@ -184,14 +186,15 @@ def main():
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
 
     x = weights(million)
-    add(race("Lloyd, linear start", x, 32, ["scikit-learn"], args.repeats, init="linear"))
+    add(race("Lloyd, linear start", x, 32, ["scikit-learn", "scikit-learn, tol=0"], args.repeats, init="linear"))
     add(race("optimum", x, 32, ["ckwrap", "kmeans1d"], args.repeats))
     add(race("optimum", x, 256, ["ckwrap"], args.repeats))
     add(race("k-means++ and Lloyd", x, 256, [], args.repeats, init="k-means++"))
     ten = weights(10 * million)
     add(race("optimum", ten, 256, [], args.repeats))
     add(race("optimum, bfloat16", torch.from_numpy(ten).bfloat16(), 256, [], args.repeats))
-    add(memory(10 * million, 256))
+    for k in (2, 4, 32, 256):
+        add(memory(10 * million, k))
     for row in exactness(int(20_000 * args.scale), 60):
         add(row)
     if args.record:

@@ -284,7 +284,7 @@ def main():
                 print(f"  {case} {layer} {indices.shape}: " + json.dumps(found[-1]), flush=True)
                 if len(layers) > 1:
                     bytes_of = {coder: round(found[-1][coder]) for coder in ("entropy", "nncodec", "nncomp") if coder in found[-1]}
-                    where.append({"part": "layer", "case": case, "layer": layer} | bytes_of)
+                    where.append({"part": "layer", "case": case, "layer": layer, "n": indices.size, "k": k} | bytes_of)
             rows.append({"part": part} | total(case, found))
             print(json.dumps(rows[-1]), flush=True)
             if part == "real":

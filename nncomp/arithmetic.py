@@ -11,8 +11,8 @@ import math
 import numpy as np
 from numba import njit
 
-from .core import BitstreamError
-from .entropy import read_varint, write_varint
+from .core import BitstreamError, check_int
+from .entropy import counts, read_varint, write_varint
 
 # %% ../nbs/32_arithmetic.ipynb #22801504
 def _compiled(**options):
@@ -44,8 +44,19 @@ def _move_byte_out(coder, data):
 
 
 @_inlined
+def _widen(coder, data, reading):
+    "Multiply by 256 while the range is below 2²⁴. Beyond the end of the data are zeros."
+    while coder[_RANGE] < 1 << 24:
+        coder[_RANGE] <<= 8
+        if reading:
+            coder[_CODE] = coder[_CODE] << 8 | (data[coder[_AT]] if coder[_AT] < data.size else 0)
+            coder[_AT] += 1
+        else: _move_byte_out(coder, data)
+
+
+@_inlined
 def _code_bit(coder, data, one, bit, reading):
-    "Write `bit`, or read and return one; `one` is the chance of a 1 in 65,536ths, from 1 to 65,535. Beyond the end of the data are zeros."
+    "Write `bit`, or read and return one; `one` is the chance of a 1 in 65,536ths, from 1 to 65,535."
     bound = (coder[_RANGE] >> 16) * one
     if reading: bit = coder[_CODE] < bound
     if bit: coder[_RANGE] = bound
@@ -53,12 +64,7 @@ def _code_bit(coder, data, one, bit, reading):
         coder[_RANGE] -= bound
         if reading: coder[_CODE] -= bound
         else: coder[_LOW] += bound
-    while coder[_RANGE] < 1 << 24:
-        coder[_RANGE] <<= 8
-        if reading:
-            coder[_CODE] = coder[_CODE] << 8 | (data[coder[_AT]] if coder[_AT] < data.size else 0)
-            coder[_AT] += 1
-        else: _move_byte_out(coder, data)
+    _widen(coder, data, reading)
     return bit
 
 # %% ../nbs/32_arithmetic.ipynb #8d9c98b8
@@ -265,8 +271,80 @@ def _run(symbols:np.ndarray, coder:np.ndarray, data:np.ndarray, grid:tuple[int, 
     cells = (images + 1) * (height + 2) * (width + 3) + 2 * (width + 3)
     return _walk(symbols, coder, data, _models(grid, k, zero, plain), np.zeros(cells, np.int32), np.zeros(cells, np.int32), grid, k, zero, plain, reading)
 
+# %% ../nbs/32_arithmetic.ipynb #d243eed5
+_PARTS = 1 << 16  # of the range, that a table deals out
+
+
+def _rounded(tally:np.ndarray) -> np.ndarray:
+    "Counts of at most 15 binary digits, rounded to the five leading ones, and 1 at least where there is any."
+    short = np.maximum(tally >> max(int(tally.max()).bit_length() - 15, 0), tally > 0)
+    shift = np.maximum(np.frexp(short)[1].astype(np.int64) - 5, 0)
+    return short + (1 << shift >> 1) >> shift << shift
+
+
+def _parts(rounded:np.ndarray) -> np.ndarray:
+    "Where the parts of each symbol begin, and the end; an empty table is a `BitstreamError`."
+    used, total = (rounded > 0).cumsum(), rounded.cumsum()
+    if not used[-1:].any(): raise BitstreamError("the table is empty")
+    return np.concatenate([[0], used + total * (_PARTS - used[-1]) // total[-1]])
+
+# %% ../nbs/32_arithmetic.ipynb #255122e4
+@_compiled(nogil=True, cache=True)
+def _walk_table(rounded, coder, data, counters, reading):
+    "Code rounded counts, or read them; how many were coded: all, or fewer if the message is damaged."
+    last = 0
+    for s in range(rounded.size):
+        node, digits = 1, _length(np.int64(rounded[s]))
+        for b in range(4, -1, -1): node = 2 * node + _plain_bit(coder, data, counters, 32 * last + node, digits >> b & 1, reading)
+        last, count = node - 32, min(node - 32, 1)
+        if last > 16: return s
+        for b in range(last - 2, max(last - 6, -1), -1): count = 2 * count + _code_bit(coder, data, 1 << 15, rounded[s] >> b & 1, reading)
+        rounded[s] = count << max(last - 5, 0)
+    return rounded.size
+
+
+@_compiled(nogil=True, cache=True)
+def _walk_parts(symbols, coder, data, starts, owners, reading):
+    "Code symbols by their parts of the range, or read them by the `owners` of the parts; how many were coded."
+    for n in range(symbols.size):
+        part = coder[_RANGE] >> 16
+        if reading:
+            place = np.int64(np.uint64(coder[_CODE]) // np.uint64(part))
+            if place >= owners.size: return n
+            symbols[n] = owners[place]
+        start = part * starts[symbols[n]]
+        coder[_RANGE] = part * starts[symbols[n] + 1] - start
+        if reading: coder[_CODE] -= start
+        else: coder[_LOW] += start
+        _widen(coder, data, reading)
+    return symbols.size
+
+# %% ../nbs/32_arithmetic.ipynb #1e7bce77
+def _new_counters() -> np.ndarray:
+    "For the number of digits of a count: five decisions after each number of digits."
+    return np.full(17 * 32, _HALF, np.uint32)
+
+
+def _write_by_table(symbols:np.ndarray, k:int) -> bytes:
+    "A table and the symbols by it."
+    rounded = _rounded(counts(symbols, k))
+    coder, data = _writer(2 * symbols.size + 4 * k + 64)                  # a symbol takes 16 bits at most
+    _walk_table(rounded, coder, data, _new_counters(), False)
+    _walk_parts(np.require(symbols, requirements="W"), coder, data, _parts(rounded), np.empty(0, symbols.dtype), False)
+    return _finish(coder, data)
+
+
+def _read_by_table(symbols:np.ndarray, coder:np.ndarray, data:np.ndarray, k:int) -> int:
+    "Fill `symbols`; how many were read."
+    rounded = np.zeros(k, np.int64)
+    if _walk_table(rounded, coder, data, _new_counters(), True) != k: return -1
+    starts = _parts(rounded)
+    return _walk_parts(symbols, coder, data, starts, np.repeat(np.arange(k, dtype=symbols.dtype), np.diff(starts)), True)
+
 # %% ../nbs/32_arithmetic.ipynb #2c1c8bdb
 _SAMPLE = 1 << 14  # symbols that are written on trial
+_MANY = 1 << 12    # values up to which contexts and tables are tried
+_TABLE = 2         # the way of a table
 
 
 def _write(symbols:np.ndarray, k:int, grid:tuple[int, int, int, int], zero:int, plain:bool) -> bytes:
@@ -281,16 +359,33 @@ def _write(symbols:np.ndarray, k:int, grid:tuple[int, int, int, int], zero:int, 
 
 
 def _sample(symbols:np.ndarray, shape:tuple[int, ...]) -> tuple[np.ndarray, tuple[int, ...]]:
-    "Rows of a large tensor, evenly spread, or the beginning of a long vector."
-    if len(shape) < 2 or symbols.size // shape[0] > _SAMPLE: return symbols[:_SAMPLE], (_SAMPLE,)
+    "Rows of a large tensor, evenly spread and one at least, or the beginning of a long vector."
+    if len(shape) < 2 or symbols.size // shape[0] > 1 << 16: return symbols[:_SAMPLE], (_SAMPLE,)
     rows = symbols.reshape(shape[0], -1)[::-(-symbols.size // _SAMPLE)]
     return np.ascontiguousarray(rows).ravel(), (rows.shape[0], *shape[1:])
 
 
 def _best_way(symbols:np.ndarray, k:int, shape:tuple[int, ...], zero:int) -> tuple[int, bytes]:
-    "The way that gives the shortest message, and that message: 0 is plain (and all that large codebooks get), 1 has contexts, more is the side of an image."
-    ways = (0, 1, *_sides(shape)) if k <= 1 << 12 else (0,)
-    return min(((way, _write(symbols, k, _grid(shape, max(way, 1)), zero, way == 0)) for way in ways), key=lambda pair: (len(pair[1]), pair[0]))
+    "The way that gives the shortest message, and that message: 0 is plain (and all that large codebooks get), 1 has contexts, 3 and more is the side of an image."
+    message = lambda way: (way, _write(symbols, k, _grid(shape, max(way, 1)), zero, way == 0))
+    shorter = lambda pair: (len(pair[1]), pair[0])
+    best = min(map(message, (0, 1) if k <= _MANY else (0,)), key=shorter)
+    return min([best, *map(message, _sides(shape) if best[0] else ())], key=shorter)
+
+
+def _table_serves(symbols:np.ndarray, some:np.ndarray, k:int, trial:int) -> bool:
+    "Whether a table for all `symbols` would code `some` of them in no more bytes than `trial`; the table, about a byte a value, is charged in proportion."
+    if k > _MANY: return False
+    rounded, tally = _rounded(counts(symbols, k)), counts(some, k)
+    bits = 16 - np.log2(np.maximum(np.diff(_parts(rounded)), 1))
+    return tally @ bits / 8 + k * some.size / symbols.size <= trial
+
+
+def _as_symbols(symbols:np.ndarray) -> np.ndarray:
+    "An array of uint8 or uint16 in this machine's order of bytes."
+    symbols = np.asarray(symbols)
+    if symbols.dtype.kind != "u" or symbols.itemsize > 2: raise ValueError(f"symbols must be uint8 or uint16, got {symbols.dtype}")
+    return symbols.astype(symbols.dtype.newbyteorder("="), copy=False)
 
 
 def encode_indices(
@@ -301,21 +396,23 @@ def encode_indices(
     zero:int=-1,            # which symbol means zero; -1 = none
 ) -> bytes:                 # one byte for the way, and the message; n, k, shape and zero are not in it
     "Write the indices of a codebook with an adaptive context-mixing range coder; errors are `ValueError`."
+    symbols = _as_symbols(symbols)
     _check_plane(symbols.size, k, shape, zero)
-    if symbols.ndim != 1 or symbols.dtype not in (np.uint8, np.uint16): raise ValueError(f"symbols must be a row of uint8 or uint16, got {symbols.dtype} {symbols.shape}")
+    if symbols.ndim != 1: raise ValueError(f"symbols must be a row, got the shape {symbols.shape}")
     if symbols.size and symbols.max() >= k: raise ValueError(f"symbols must lie below k = {k}, got {symbols.max()}")
     if symbols.size <= 2 * _SAMPLE: way, message = _best_way(symbols, k, shape, zero)
     else:
         some, part = _sample(symbols, shape)
-        way = _best_way(some, k, part, zero)[0]
-        message = _write(symbols, k, _grid(shape, max(way, 1)), zero, way == 0)
+        way, message = _best_way(some, k, part, zero)
+        if _table_serves(symbols, some, k, len(message)): way = _TABLE
+        message = _write_by_table(symbols, k) if way == _TABLE else _write(symbols, k, _grid(shape, max(way, 1)), zero, way == 0)
     return write_varint(way) + message
 
 
 def _check_plane(n:int, k:int, shape:tuple[int, ...], zero:int) -> None:
     "Numbers that fit together."
-    if not 1 <= k <= 1 << 16: raise ValueError(f"k must lie in [1, 65536], got {k}")
-    if not -1 <= zero < k: raise ValueError(f"zero must lie in [-1, k), got {zero} with k = {k}")
+    check_int(k, 1, 1 << 16, "k")
+    check_int(zero, -1, k - 1, "zero")
     if math.prod(shape) != n or min(shape, default=1) < 0: raise ValueError(f"the shape {shape} does not hold {n} entries")
 
 # %% ../nbs/32_arithmetic.ipynb #2814184a
@@ -328,11 +425,13 @@ def decode_indices(
     zero:int=-1,            # which symbol means zero; -1 = none
 ) -> np.ndarray:            # (n,), uint8 if k <= 256, else uint16
     "Invert `encode_indices`. Damage that can be seen is a `BitstreamError`."
-    _check_plane(n, k, shape, zero)
+    _check_plane(check_int(n, 0, name="n"), k, shape, zero)
     way, offset = read_varint(data, 0)
-    if way > 1 and way not in _sides(shape): raise BitstreamError(f"images of side {way} do not fit the shape {shape}")
+    if way > _TABLE and way not in _sides(shape): raise BitstreamError(f"images of side {way} do not fit the shape {shape}")
     symbols, (coder, message) = np.zeros(n, np.uint8 if k <= 256 else np.uint16), _reader(memoryview(data)[offset:])
-    if _run(symbols, coder, message, _grid(shape, max(way, 1)), k, zero, way == 0, True) != n: raise BitstreamError(f"a symbol is not below {k}")
+    if way == _TABLE: done = _read_by_table(symbols, coder, message, k)
+    else: done = _run(symbols, coder, message, _grid(shape, max(way, 1)), k, zero, way == 0, True)
+    if done != n: raise BitstreamError(f"a symbol is not below {k}")
     if coder[_CODE] >= coder[_RANGE]: raise BitstreamError("the message is damaged")
     if len(data) - offset > max(int(coder[_AT]), 4): raise BitstreamError(f"{len(data) - offset - int(coder[_AT])} bytes are left over")
     return symbols
@@ -344,10 +443,10 @@ def encode(
     zero:int|None=None,    # the symbol that is coded by one flag; None = the most frequent
 ) -> bytes:                # self-contained
     "Write symbols with `encode_indices`, with a header of a few bytes."
-    symbols = np.asarray(symbols)
-    if symbols.dtype not in (np.uint8, np.uint16): raise ValueError(f"symbols must be uint8 or uint16, got {symbols.dtype}")
+    symbols = _as_symbols(symbols)
+    if symbols.ndim > 8: raise ValueError(f"symbols must have at most eight dimensions, got {symbols.ndim}; reshape them")
     k = int(symbols.max()) + 1 if symbols.size else 1
-    if zero is None: zero = int(np.bincount(symbols.ravel(), minlength=1).argmax())
+    zero = int(counts(symbols, k).argmax()) if zero is None else check_int(zero, 0, k - 1, "zero")
     header = (symbols.dtype.itemsize, k, zero + 1, symbols.ndim, *symbols.shape)
     return b"".join(map(write_varint, header)) + encode_indices(symbols.ravel(), k, shape=symbols.shape, zero=zero)
 
@@ -355,16 +454,16 @@ def encode(
 def decode(
     data:bytes,                  # what `encode` wrote
     *,
-    max_symbols:int|None=None,   # most that the caller is ready to receive; None = 2²⁴, a second's work
+    max_symbols:int|None=None,   # most that the caller is ready to receive; None = 2²⁴, some seconds' work
 ) -> np.ndarray:                 # dtype and shape as encoded
     "Invert `encode`. Damage that can be seen is a `BitstreamError`."
-    header, offset = [], 0
+    most, header, offset = 1 << 24 if max_symbols is None else check_int(max_symbols, 0, name="max_symbols"), [], 0
     while len(header) < 4 or len(header) < 4 + min(header[3], 8):
         number, offset = read_varint(data, offset)
         header.append(number)
     size, k, zero, ndim, *shape = header
     n = math.prod(shape)
     if size not in (1, 2) or ndim > 8 or not 1 <= k <= 1 << 8 * size or zero > k or math.prod(max(d, 1) for d in shape) >> 48: raise BitstreamError("the header makes no sense")
-    if n > (1 << 24 if max_symbols is None else max_symbols): raise BitstreamError(f"{n} symbols are announced, more than allowed")
+    if n > most: raise BitstreamError(f"{n} symbols are announced, more than allowed")
     symbols = decode_indices(memoryview(data)[offset:], n, k, shape=tuple(shape), zero=zero - 1)
     return symbols.astype(f"u{size}").reshape(shape)

@@ -6,6 +6,8 @@
 __all__ = ['inertia', 'kmeans_1d']
 
 # %% ../nbs/20_kmeans.ipynb #00ed7751
+import math
+
 import numpy as np
 import torch
 from numba import njit
@@ -18,6 +20,7 @@ def _tensor(array, name):
     "A tensor, detached, or a NumPy array as a tensor: without a copy where its layout allows."
     if isinstance(array, Tensor):
         if array.layout != torch.strided: raise ValueError(f"{name} must be a dense tensor, got one of layout {array.layout}; call to_dense() first")
+        if array.is_meta: raise ValueError(f"{name} is on the meta device and holds no values; load them first")
         return array.detach()
     array = np.asarray(array)
     if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8: raise ValueError(f"{name} must be real numbers of at most 64 bits, got {array.dtype}")
@@ -73,24 +76,26 @@ def _two_prod(a, b):
 # %% ../nbs/20_kmeans.ipynb #3187e103
 @njit(cache=True, error_model="numpy")
 def _moments(points, mass):
-    "Running sums of `mass`, `mass * points`, `mass * points**2`, and what the last two lost to rounding: (5, m + 1)."
-    sums = np.zeros((5, len(points) + 1))
-    w = s = q = s_lost = q_lost = 0.
+    "Running sums of `mass`, `mass * points`, `mass * points**2`, and what the three lost to rounding: (6, m + 1)."
+    sums = np.zeros((6, len(points) + 1))
+    w = s = q = w_lost = s_lost = q_lost = 0.
     for i in range(len(points)):
         a, a_lost = _two_prod(mass[i], points[i])
         b, b_lost = _two_prod(a, points[i])
-        w += mass[i]
+        w, e = _two_sum(w, mass[i])
+        w_lost += e
         s, e = _two_sum(s, a)
         s_lost += e + a_lost
         q, e = _two_sum(q, b)
         q_lost += e + b_lost + a_lost * points[i]
-        sums[0, i + 1], sums[1, i + 1], sums[2, i + 1], sums[3, i + 1], sums[4, i + 1] = w, s, q, s_lost, q_lost
+        sums[0, i + 1], sums[1, i + 1], sums[2, i + 1], sums[3, i + 1], sums[4, i + 1], sums[5, i + 1] = w, s, q, s_lost, q_lost, w_lost
     return sums
 
 
 @njit(cache=True, error_model="numpy")
 def _costs(sums, low, high, j, out):
     "Into `out`: inertia about their mean of the points i…j-1, for each i in low…high-1 (@eq-kmeans-interval)."
+    if sums[0, j] < 1: return _fine_costs(sums, low, high, j, out)
     wi, si, qi, si_lost, qi_lost = sums[0, low:high], sums[1, low:high], sums[2, low:high], sums[3, low:high], sums[4, low:high]
     wj, sj, qj, sj_lost, qj_lost = sums[0, j], sums[1, j], sums[2, j], sums[3, j], sums[4, j]
     for i in range(high - low):
@@ -102,6 +107,26 @@ def _costs(sums, low, high, j, out):
         wq, e = _two_prod(w, q)
         ss, f = _two_prod(s, s)
         out[i] = max(0., ((wq - ss) + (e - f + w * q_lost - 2 * s * s_lost)) / w)
+
+# %% ../nbs/20_kmeans.ipynb #0db54ff6
+@njit(cache=True, error_model="numpy")
+def _difference(high, high_lost, low, low_lost):
+    "(high + high_lost) - (low + low_lost), rounded, and the rest."
+    d, e = _two_sum(high, -low)
+    return _two_sum(d, e + (high_lost - low_lost))
+
+
+@njit(cache=True, error_model="numpy")
+def _fine_costs(sums, low, high, j, out):
+    "What `_costs` gives, for masses that differ by many powers of ten."
+    for i in range(low, high):
+        w, w_lost = _difference(sums[0, j], sums[5, j], sums[0, i], sums[5, i])
+        s, s_lost = _difference(sums[1, j], sums[3, j], sums[1, i], sums[3, i])
+        q, q_lost = _difference(sums[2, j], sums[4, j], sums[2, i], sums[4, i])
+        wq, e = _two_prod(w, q)
+        ss, f = _two_prod(s, s)
+        d, g = _two_sum(wq, -ss)
+        out[i - low] = max(0., (d + (g + (e - f + w * q_lost + w_lost * q - 2 * s * s_lost))) / w)
 
 # %% ../nbs/20_kmeans.ipynb #2a2a3690
 @njit(cache=True, error_model="numpy")
@@ -145,8 +170,11 @@ def _rounds(points, mass, sums, centroids, ends, rounds):
             last_w, last_s, c = w, s, ends[j + 1] // _CELL
             w, s = sums[0, c], sums[1, c]
             for i in range(c * _CELL, ends[j + 1]): w, s = w + mass[i], s + mass[i] * points[i]
-            if ends[j + 1] > ends[j]: centroids[j] = (s - last_s) / (w - last_w)
-            else: rest = False
+            if ends[j + 1] <= ends[j]:
+                rest = False
+                continue
+            if w > last_w: centroids[j] = (s - last_s) / (w - last_w)
+            if sums[0, -1] < 1: centroids[j] = min(max(centroids[j], points[ends[j]]), points[ends[j + 1] - 1])
         if not rest: return True
         for j in range(1, len(centroids)):
             end = _count_upto(points, (centroids[j - 1] + centroids[j]) / 2, ends[j])
@@ -501,14 +529,16 @@ def _flat(array, name):
     return check_finite(flat, name)
 
 
-def _importance(weights, flat):
-    "`weights` as a flat float64 tensor beside `flat`; None stays None."
+def _importance(weights, flat, shape):
+    "`weights` as a flat float64 tensor beside `flat`, scaled by a power of two so that their sum is below 1; None stays None."
     if weights is None: return None
+    if np.shape(weights) != shape: raise ValueError(f"weights must have the shape of values, {tuple(shape)}, got {tuple(np.shape(weights))}")
     weights = _tensor(weights, "weights").to(flat.device).reshape(-1).double()
-    if len(weights) != len(flat): raise ValueError(f"weights must have one entry per value, got {len(weights)} for {len(flat)}")
     check_finite(weights, "weights")
     if (weights < 0).any() or not (weights > 0).any(): raise ValueError("weights must be at least 0, and not all 0")
-    return weights
+    down = math.frexp(float(weights.max()))[1] + len(weights).bit_length()
+    scaled = weights * 2.**(-down // 2) * 2.**(-down - -down // 2)
+    return torch.where(weights > 0, scaled.clamp(min=1e-300), 0.)
 
 # %% ../nbs/20_kmeans.ipynb #58bb797a
 def _rounded(codebook, beside, dtype, zero):
@@ -537,7 +567,7 @@ def kmeans_1d(
     Integer, sparse, empty or non-finite values, an unknown `init` and negative weights are a `ValueError`."""
     check_int(k, 1, name="k"), _check_start(init, generator)
     flat = _flat(values, "values")
-    points, mass = _distinct(flat, _importance(weights, flat))
+    points, mass = _distinct(flat, _importance(weights, flat, np.shape(values)))
     at = int(np.searchsorted(points, 0.))
     zero = bool(keep_zero and at < len(points) and points[at] == 0)
     if zero: points, mass = np.delete(points, at), np.delete(mass, at)

@@ -45,7 +45,7 @@ _KNOWN = (*_LAYERS, *_NORMS, *_POOLS, *_POINTWISE, nn.Flatten)
 def _refuse(name: str, reason: str):
     "Raise the one error for networks that cannot be followed."
     raise ValueError(f"{name} {reason}: units are followed through plain nn.Sequential networks of Linear, Conv, BatchNorm, activation, pooling and Flatten "
-                     "layers. For residual connections, groups and other graphs use Torch-Pruning, by `prune_graph`")
+                     "layers, such as the LeNets and VGGs of nncomp.models. For torchvision's networks, residual connections, groups and other graphs use Torch-Pruning, by `prune_graph`")
 
 # %% ../nbs/12_neurons.ipynb #b569b62a
 def _chain(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -482,10 +482,20 @@ def half_without_retraining(config:Half, seed:int, folder:Path) -> dict:
 # %% ../nbs/12_neurons.ipynb #6243573b
 def _outputs(model: nn.Module, outputs: Sequence[str] | None) -> list[nn.Module]:
     "The layers that compute the outputs: those named, or the last one that has a weight of rank two or more."
-    if outputs is not None: return [model.get_submodule(name) for name in outputs]
+    known = dict(model.named_modules())
+    wrong = [name for name in outputs or () if name not in known]
+    if wrong: raise ValueError(f"outputs names {', '.join(wrong)}, not a layer of the model; it has {', '.join(filter(None, known))}")
+    if outputs is not None: return [known[name] for name in outputs]
     owners = [name.rpartition(".")[0] for name in named_weights(model)]
     if not owners: raise ValueError("the model has no weights to remove")
     return [model.get_submodule(owners[-1])]
+
+
+def _shape(model: nn.Module, x: Tensor) -> tuple[int, ...]:
+    "Shape of what `model` makes of `x`; ValueError where that is not one tensor."
+    with torch.no_grad(): out = model(x)
+    if not isinstance(out, Tensor): raise ValueError(f"the model must return one tensor, got a {type(out).__name__}; wrap it in a module that does")
+    return tuple(out.shape)
 
 # %% ../nbs/12_neurons.ipynb #be17f81e
 def prune_graph(
@@ -496,17 +506,17 @@ def prune_graph(
     outputs:Sequence[str]|None=None,  # names of the layers that compute the outputs, which stay whole; None = the last one with a weight
     scope:str="layer",      # "layer": each group of channels loses that fraction; "global": all ranked together
 ) -> nn.Module:             # a smaller copy, in the modes of `model`
-    "Remove channels by group L2 norm with Torch-Pruning (Fang et al. 2023). Raises ValueError where the output's shape would change."
+    "Remove channels by group L2 norm with Torch-Pruning (Fang et al. 2023). Raises ValueError where the output is not one tensor, or its shape would change."
     pruning = require("torch_pruning", "dev")
     if scope not in ("layer", "global"): raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
     if check_fraction(sparsity) == 1: raise ValueError("sparsity must lie below 1: at least one channel must stay")
     small = copy.deepcopy(model)
     modes = {module: module.training for module in small.modules()}
-    with torch.no_grad(): shape = small.eval()(example_input).shape
+    shape = _shape(small.eval(), example_input)
     pruner = pruning.pruner.BasePruner(small, example_input, pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=sparsity,
                                        global_pruning=scope == "global", ignored_layers=_outputs(small, outputs))
     pruner.step()
-    with torch.no_grad(): after = small(example_input).shape
-    if after != shape: raise ValueError(f"the output's shape changed from {tuple(shape)} to {tuple(after)}: name the layers that compute it in `outputs`")
+    after = _shape(small, example_input)
+    if after != shape: raise ValueError(f"the output's shape changed from {shape} to {after}: name the layers that compute it in `outputs`")
     for module, mode in modes.items(): module.training = mode
     return small

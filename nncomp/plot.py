@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['mpl', 'plt', 'COLOURS', 'MARKERS', 'DASHES', 'STYLE', 'contrast', 'use_style', 'weight_histogram', 'weight_cdf',
-           'joint_plot', 'error_band', 'training_curves', 'weight_images', 'save_figure', 'figure_svg', 'Animation',
-           'animate', 'small_multiples']
+           'joint_plot', 'error_band', 'training_curves', 'weight_images', 'sensitivity_map', 'save_figure',
+           'figure_svg', 'Animation', 'animate', 'small_multiples']
 
 # %% ../nbs/05_plot.ipynb #45993e29
 import base64
@@ -263,6 +263,27 @@ def weight_images(
     image = ax.imshow(page, cmap=cmap, vmin=-span if signed else 0, vmax=span, interpolation="none")
     if a.dtype != bool: ax.figure.colorbar(image, ax=ax, label="weight" if signed else "magnitude", shrink=0.8)
     ax.set_axis_off()
+    return ax
+
+# %% ../nbs/05_plot.ipynb #eb0e0c2a
+def sensitivity_map(
+    scan,                        # DataFrame with layer, sparsity, accuracy (in [0, 1]), as from `sensitivity_scan`; of several, concatenated, the mean
+    *,
+    model:nn.Module|None=None,   # the network, to put the number of weights beside each name
+    ax:"plt.Axes|None"=None,     # where to draw; None = a new figure, higher for more layers
+) -> "plt.Axes":
+    "Accuracy (%) with one layer pruned, by layer and sparsity, as a map that carries its numbers."
+    missing = [column for column in ("layer", "sparsity", "accuracy") if column not in scan]
+    if missing or not len(scan): raise ValueError(f"a scan has rows of layer, sparsity and accuracy, got {len(scan)} rows" + f" without {', '.join(missing)}" * bool(missing))
+    grid = 100 * scan.pivot_table(index="layer", columns="sparsity", values="accuracy", sort=False).sort_index(axis=1)
+    ax = plt.subplots(figsize=(5.6, max(2.6, 0.25 * len(grid) + 0.6)))[1] if ax is None else ax
+    ax.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="none")
+    for (i, j), value in np.ndenumerate(grid.to_numpy()):
+        if np.isfinite(value): ax.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value < 60 else "black")
+    sizes = {} if model is None else {name: f" ({p.numel():,})" for name, p in model.named_parameters(remove_duplicate=False)}
+    ax.set_xticks(range(grid.shape[1]), [f"{s:g}" for s in grid.columns])
+    ax.set_yticks(range(len(grid)), [name.removesuffix(".weight") + sizes.get(name, "") for name in grid.index])
+    ax.set(xlabel="sparsity of the one layer")
     return ax
 
 # %% ../nbs/05_plot.ipynb #df02e81f

@@ -26,7 +26,7 @@ def _as_mask(mask:np.ndarray|Tensor) -> np.ndarray:
     return array
 
 
-_BLOCK = 1 << 18  # entries handled at once, so that temporary arrays stay small
+_BLOCK = 1 << 16  # entries handled at once, so that temporary arrays stay small
 
 
 def _gaps(mask:np.ndarray) -> np.ndarray:
@@ -94,7 +94,7 @@ def expected_bits(
     d = check_fraction(density, "density")
     if method == "bitmap": return 1.
     if method == "entropy": return entropy_bits(np.array([d, 1 - d]))
-    if method == "csr": return d * max((columns - 1).bit_length(), 1) + columns.bit_length() / columns
+    if method == "csr": return d * max((check_int(columns, 1, name="columns") - 1).bit_length(), 1) + columns.bit_length() / columns
     if method == "gaps": return gap_bits * d / (1 - (1 - d)**2**check_int(gap_bits, 1, 16, "gap_bits")) if d else 0.
     raise ValueError(f'method must be "gaps", "bitmap", "csr" or "entropy", got {method!r}')
 
@@ -135,7 +135,9 @@ def from_csr_index(
     width:int,           # columns of the mask, at least 0
 ) -> np.ndarray:         # (rows, width), bool
     "Invert `csr_index`; starts and columns that no mask of this width has are a `BitstreamError`."
-    starts, columns = np.asarray(starts, np.int64), np.asarray(columns, np.int64)
+    starts, columns = (np.asarray(a) for a in (starts, columns))
+    if any(a.ndim != 1 or a.size and a.dtype.kind not in "iu" for a in (starts, columns)): raise ValueError("starts and columns must be rows of integers")
+    starts, columns = starts.astype(np.int64), columns.astype(np.int64)
     counts = np.diff(starts)
     if starts.size < 1 or starts[0] or starts[-1] != columns.size or (counts < 0).any(): raise BitstreamError("the row starts do not fit the columns")
     if columns.size and not 0 <= columns.min() <= columns.max() < width: raise BitstreamError(f"a column lies outside a row of {width}")
@@ -254,6 +256,7 @@ def encode_positions(
 ) -> bytes:                   # the stream; it does not hold the mask's size
     "Write where the ones are."
     mask = _as_mask(mask)
+    if gap_bits is not None and method not in ("gaps", "fast", "best"): raise ValueError(f'gap_bits is for "gaps", "fast" and "best", not for {method!r}')
     if method == "gaps": return _encode_gaps(mask, gap_bits)
     if method == "split": return _encode_split(mask)
     if method == "bitmap": return _encode_bitmap(mask)
@@ -290,7 +293,7 @@ def _decode_bitmap(packed:np.ndarray, n:int) -> np.ndarray:
     "The mask of `n` bits, of which no others may be set."
     if packed.dtype != np.uint8 or packed.size != -(-n // 8): raise BitstreamError(f"{n} bits need {-(-n // 8)} bytes, got {packed.size}")
     if n % 8 and packed[-1] >> n % 8: raise BitstreamError("bits are set beyond the end of the bitmap")
-    return np.unpackbits(packed, count=n, bitorder="little").astype(bool)
+    return np.unpackbits(packed, count=n, bitorder="little").view(bool)
 
 
 def _decode_csr(data:bytes, n:int) -> np.ndarray:

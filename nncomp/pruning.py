@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from .core import check_finite, check_fraction, check_int, evaluating, named_weights
 from .training import Callback, Run
@@ -35,6 +35,12 @@ def _floating(weight: Tensor, name: str) -> Tensor:
     "`weight`, or ValueError where it is not floating or holds NaN or infinity."
     if not weight.is_floating_point(): raise ValueError(f"{name} must be floating, got {weight.dtype}")
     return check_finite(weight, name)
+
+
+def _fraction(sparsity: float, name: str) -> float:
+    "A sparsity in [0, 1]; True, which is more likely a mask in the wrong place than the number 1, is an error too."
+    if isinstance(sparsity, (bool, np.bool_)): raise ValueError(f"{name} must lie in [0, 1], got {sparsity}")
+    return check_fraction(sparsity, name)
 
 
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
@@ -68,7 +74,7 @@ def magnitude_mask(
     name:str="weight",  # tensor name for the message
 ) -> Tensor:            # bool, shape and device of `weight`; True = keep
     "Mask that drops the round(sparsity · n) smallest-magnitude entries (Han et al. 2015, sec. 3; @eq-pruning-magnitude)."
-    check_fraction(sparsity, f"sparsity of {name}")
+    _fraction(sparsity, f"sparsity of {name}")
     return drop_lowest(_floating(weight, name).detach().abs(), round(sparsity * weight.numel()))
 
 # %% ../nbs/10_pruning.ipynb #240ac4c9
@@ -107,7 +113,8 @@ def drop_lowest_global(
     if floor and n_drop > free: raise ValueError(f"floor {floor} protects {total - free} of {total} weights, so {n_drop} cannot be dropped")
     parts = drop_lowest(flat, n_drop).split([s.numel() for s in scores.values()])
     masks = {name: part.view(s.shape).to(s.device) for (name, s), part in zip(scores.items(), parts)}
-    return {name: _alive(name, mask, f"dropping {n_drop} of {total} entries over all tensors") for name, mask in masks.items()}
+    rule = f"dropping {n_drop} of {total} entries" + " over all tensors" * (len(masks) > 1)
+    return {name: _alive(name, mask, rule) for name, mask in masks.items()}
 
 # %% ../nbs/10_pruning.ipynb #56f0d036
 def global_magnitude_masks(
@@ -117,9 +124,15 @@ def global_magnitude_masks(
     floor:float=0.0,              # least density of each tensor, in [0, 1]
 ) -> dict[str,Tensor]:            # name -> bool mask, True = keep
     "Masks that drop the round(sparsity · n) smallest magnitudes of all tensors ranked together (@eq-pruning-magnitude)."
-    check_fraction(sparsity)
+    _fraction(sparsity, "sparsity")
     scores = {name: _floating(w, name).detach().abs() for name, w in weights.items()}
     return drop_lowest_global(scores, round(sparsity * sum(w.numel() for w in weights.values())), floor=floor)
+
+# %% ../nbs/10_pruning.ipynb #9902daf3
+def _number(value) -> float:
+    "`value` as a float, or NaN where it is not one number."
+    try: return math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError): return math.nan
 
 # %% ../nbs/10_pruning.ipynb #b2b6369c
 def threshold_mask(
@@ -129,7 +142,7 @@ def threshold_mask(
     name:str="weight",  # tensor name for the message
 ) -> Tensor:            # bool, shape and device of `weight`; True = keep
     "Mask that keeps every entry of magnitude at least `threshold`; half types are compared in float32."
-    if not 0 <= threshold < math.inf: raise ValueError(f"threshold must be finite and at least 0, got {threshold} for {name}")
+    if not 0 <= _number(threshold) < math.inf: raise ValueError(f"threshold must be finite and at least 0, got {threshold!r:.60} for {name}")
     return _wide(_floating(weight, name)).abs() >= threshold
 
 # %% ../nbs/10_pruning.ipynb #657cc2e3
@@ -140,7 +153,7 @@ def std_threshold_mask(
     name:str="weight",  # tensor name for the message
 ) -> Tensor:            # bool, shape and device of `weight`; True = keep
     "Mask that keeps every entry of magnitude at least quality · σ (Han et al. 2015, sec. 4; @eq-pruning-quality)."
-    if not 0 < quality < math.inf: raise ValueError(f"quality must be finite and above 0, got {quality} for {name}; to spare a tensor, leave it out")
+    if not 0 < _number(quality) < math.inf: raise ValueError(f"quality must be finite and above 0, got {quality!r:.60} for {name}; to spare a tensor, leave it out")
     sigma = float(_wide(_floating(weight, name)).std(correction=0)) if weight.numel() else 0.0
     return threshold_mask(weight, quality * sigma, name=name)
 
@@ -177,12 +190,14 @@ def random_mask(
     weight:Tensor,                   # (...), any type; only its shape and device are used
     sparsity:float,                  # fraction of entries to drop, in [0, 1]
     generator:torch.Generator|None,  # source of randomness; None = PyTorch's global one
+    *,
+    name:str="weight",               # tensor name for the message
 ) -> Tensor:                         # bool, shape and device of `weight`; True = keep
     "Mask that drops round(sparsity · n) entries, every choice of them equally likely."
     n = weight.numel()
     order = torch.randperm(n, generator=generator, device=generator.device if generator else "cpu")
     mask = torch.ones(n, dtype=torch.bool, device=order.device)
-    mask[order[:round(check_fraction(sparsity) * n)]] = False
+    mask[order[:round(_fraction(sparsity, f"sparsity of {name}") * n)]] = False
     return mask.view(weight.shape).to(weight.device)
 
 # %% ../nbs/10_pruning.ipynb #33fc4098
@@ -192,16 +207,22 @@ def n_m_mask(
     m:int=4,        # group size; divides the length of `dim`
     *,
     dim:int=1,      # the dimension along which neighbours form groups; 1 = inputs of Linear and Conv layers
+    name:str="weight",  # tensor name for the message
 ) -> Tensor:        # bool, shape and device of `weight`; True = keep
     "N:M mask: of every `m` neighbours along `dim`, the `n` of largest magnitude stay (Mishra et al. 2021)."
     check_int(m, 1, name="m")
     check_int(n, 1, m, "n")
-    if weight.ndim < 2 or not -weight.ndim <= dim < weight.ndim: raise ValueError(f"a weight of shape {tuple(weight.shape)} has no dimension {dim} to group along; it needs rank 2 or more")
-    if weight.shape[dim] % m: raise ValueError(f"dimension {dim} of shape {tuple(weight.shape)} does not divide into groups of {m}")
-    last = _floating(weight, "weight").detach().abs().movedim(dim, -1)
+    if weight.ndim < 2 or not -weight.ndim <= dim < weight.ndim: raise ValueError(f"{name} of shape {tuple(weight.shape)} has no dimension {dim} to group along; it needs rank 2 or more")
+    if weight.shape[dim] % m: raise ValueError(f"dimension {dim} of {name} of shape {tuple(weight.shape)} does not divide into groups of {m}")
+    last = _floating(weight, name).detach().abs().movedim(dim, -1)
     groups = last.reshape(*last.shape[:-1], -1, m)
     order = groups.argsort(dim=-1, stable=True)[..., :m - n]
     return torch.ones_like(groups, dtype=torch.bool).scatter(-1, order, False).reshape(last.shape).movedim(-1, dim)
+
+# %% ../nbs/10_pruning.ipynb #9aa028fa
+def _inputs(xb: Tensor, like: Tensor) -> Tensor:
+    "`xb` on the device of `like`, and where it is floating also in its type."
+    return xb.to(like.device, like.dtype if xb.is_floating_point() else xb.dtype)
 
 # %% ../nbs/10_pruning.ipynb #445f9a37
 def first_order_scores(
@@ -209,16 +230,15 @@ def first_order_scores(
     batches:Iterable[tuple[Tensor,Tensor]],  # images (n, c, h, w) with labels (n,), such as `data.batches()`
     *,
     loss:Callable=F.cross_entropy,  # called as loss(logits, labels), returns a scalar
-) -> dict[str,Tensor]:              # weight name -> scores of its shape, at least 0; larger = keep
+) -> dict[str,Tensor]:              # weight name -> scores of its shape, at least 0, float32 or wider; larger = keep
     "First-order saliency |w · ∂L/∂w|, averaged over batches (@eq-pruning-first), for `drop_lowest` and `drop_lowest_global`."
     weights = _some({name: w for name, w in named_weights(model).items() if w.requires_grad})
-    scores, count = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}, 0
+    scores, count, like = {name: torch.zeros_like(_wide(w)) for name, w in weights.items()}, 0, next(iter(weights.values()))
     with evaluating(model), torch.enable_grad():
         for xb, yb in batches:
-            device = next(iter(weights.values())).device
-            grads = torch.autograd.grad(loss(model(xb.to(device)), yb.to(device)), list(weights.values()), allow_unused=True)
+            grads = torch.autograd.grad(loss(model(_inputs(xb, like)), yb.to(like.device)), list(weights.values()), allow_unused=True)
             for (name, w), g in zip(weights.items(), grads):
-                if g is not None: scores[name] += (w.detach() * g).abs()
+                if g is not None: scores[name] += (_wide(w) * _wide(g)).abs()
             count += 1
     if not count: raise ValueError("there are no batches to take gradients on")
     return {name: check_finite(s / count, f"the score of {name}") for name, s in scores.items()}
@@ -236,17 +256,31 @@ def fisher_scores(
     return {name: _wide(check_finite(w, name)).abs() * _wide(squares[name]).sqrt() for name, w in weights.items()}
 
 # %% ../nbs/10_pruning.ipynb #73db0c76
-def _fitting(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    "The parameters that `masks` name; one ValueError lists every mask that does not fit `model`."
-    owned = dict(model.named_parameters(remove_duplicate=False))
-    wrong = []
+def _tensors(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    "`masks`, or ValueError where one is no tensor."
     for name, mask in masks.items():
+        if not isinstance(mask, Tensor): raise ValueError(f"the mask of {name} must be a bool tensor, got a {type(mask).__name__}")
+    return masks
+
+
+def _once(parameters: Mapping[str, Tensor]) -> None:
+    "ValueError where two names stand for one tensor: their masks could differ."
+    first = {}
+    for name, p in parameters.items():
+        if first.setdefault(id(p), name) != name: raise ValueError(f"{name} and {first[id(p)]} are one tensor, tied; prune it under one of the names")
+
+
+def _fitting(model: nn.Module, masks: Mapping[str, Tensor], wrapped: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    "The parameters that `masks` name, `wrapped` among them; one ValueError lists every mask that does not fit `model`."
+    owned, wrong = dict(model.named_parameters(remove_duplicate=False)) | dict(wrapped or {}), []
+    for name, mask in _tensors(masks).items():
         if name not in owned: wrong.append(f"{name} is not a parameter of the model")
         elif mask.shape != owned[name].shape: wrong.append(f"{name} has shape {tuple(owned[name].shape)}, its mask {tuple(mask.shape)}")
         elif mask.dtype != torch.bool: wrong.append(f"the mask of {name} must be bool, got {mask.dtype}")
     if wrong: raise ValueError(f"masks do not fit the model: {'; '.join(wrong)}")
     for name, mask in masks.items(): _alive(name, mask, "the mask")
-    return {name: owned[name] for name in masks}
+    _once(found := {name: owned[name] for name in masks})
+    return found
 
 # %% ../nbs/10_pruning.ipynb #a7c00ac7
 def apply_masks_(
@@ -284,7 +318,7 @@ class MaskCallback(Callback):
     def __init__(
         self,
         masks:Mapping[str,Tensor],  # parameter name -> bool mask of its shape, on any device; True = keep
-    ): self.masks, self._bits = {name: mask.detach().clone() for name, mask in masks.items()}, {}
+    ): self.masks, self._bits = {name: mask.detach().clone() for name, mask in _tensors(masks).items()}, {}
 
     def identity(self) -> str:
         digest = hashlib.sha256()
@@ -327,22 +361,38 @@ class MaskCallback(Callback):
 # %% ../nbs/10_pruning.ipynb #ad34fbd2
 def hold_masks(
     model:nn.Module,                  # its dropped weights become zeros now
-    optimizer:torch.optim.Optimizer,  # of its parameters; what it remembers of dropped weights is cleared
+    optimizer:torch.optim.Optimizer,  # of its parameters, all that have a mask and a gradient; what it remembers of dropped weights is cleared
     masks:Mapping[str,Tensor],        # parameter name -> bool mask of its shape, on any device; True = keep
 ) -> contextlib.ExitStack:            # lets go on `close()`, or as a context manager
-    "Keep the weights dropped by `masks` at exactly 0.0 through every `optimizer.step()`, outside of `fit`."
+    "Keep the weights dropped by `masks` at exactly 0.0 through every `optimizer.step()`, outside of `fit`; a copy of the optimizer has no hooks."
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    strangers = [name for name, p in _fitting(model, masks).items() if p.requires_grad and id(p) not in trained]
+    if strangers: raise ValueError(f"the optimizer does not train {', '.join(strangers)} of this model, so nothing would hold; build it on the model's own parameters")
     held, run, hooks = MaskCallback(masks), SimpleNamespace(model=model, optimizer=optimizer), contextlib.ExitStack()
     held.before_fit(run)
     hooks.callback(optimizer.register_step_pre_hook(lambda *_: held.after_backward(run)).remove)
     hooks.callback(optimizer.register_step_post_hook(lambda *_: held.after_step(run)).remove)
     return hooks
 
+# %% ../nbs/10_pruning.ipynb #1c0f4e9a
+def _wrapped(model: nn.Module) -> dict[str, Tensor]:
+    "Plain name -> parameter behind each mask of `torch.nn.utils.prune`; ValueError where a parametrization would stay."
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if parametrize.is_parametrized(module):
+            raise ValueError(f"{name or 'the model'} computes {', '.join(module.parametrizations)} by a parametrization, such as a mask; "
+                             "write it out first, by torch.nn.utils.parametrize.remove_parametrizations")
+        tensors = [h._tensor_name for h in module._forward_pre_hooks.values() if isinstance(h, prune.BasePruningMethod)]
+        found |= {f"{name}.{t}".lstrip("."): module.get_parameter(f"{t}_orig") for t in tensors}
+    return found
+
 # %% ../nbs/10_pruning.ipynb #89e15b3a
 def finalize_pruning(
     model:nn.Module,                        # changed in place
     masks:Mapping[str,Tensor]|None=None,    # parameter name -> bool mask, applied too; True = keep
 ) -> None:
-    "Leave a plain module: `masks` and those of `torch.nn.utils.prune` become zeros, wrappers go, -0.0 turns into 0.0."
+    "Leave a plain module: `masks` and those of `torch.nn.utils.prune` become zeros, wrappers go, -0.0 turns into 0.0; ValueError, changing nothing, where a mask does not fit."
+    _fitting(model, masks or {}, _wrapped(model))
     for module in model.modules():
         hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, prune.BasePruningMethod)]
         for hook in hooks: prune.remove(module, hook._tensor_name)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['QUALITIES', 'TESTS', 'DEMO', 'LENET_5_SMALL', 'PUBLISHED', 'PUBLISHED_000', 'PUBLISHED_004', 'FromPixels',
-           'report003_net', 'CutBelow', 'Cut', 'Report003', 'train_and_prune', 'share_and_tune', 'Moving',
-           'share_and_move', 'run_report003', 'report003_test_1', 'report003_test_2', 'report003_test_3',
-           'report003_test_4', 'report000_demo', 'Lengths', 'run_thresholds', 'report003_thresholds', 'Report004',
-           'run_report004', 'report004_lenet_300_100', 'report004_lenet_5_small', 'pruning_table', 'sharing_table',
-           'start_table', 'verdict_table', 'two_bit_table', 'demo_table', 'lengths_table', 'longer_table',
-           'report004_table', 'RateDistortion', 'share_arm', 'run_rate_distortion', 'rate_distortion_lenet_300_100',
-           'rate_distortion_table', 'price_verdict']
+           'report003_net', 'CutBelow', 'Cut', 'Report003', 'train_and_prune', 'share_and_tune', 'share_and_move',
+           'run_report003', 'report003_test_1', 'report003_test_2', 'report003_test_3', 'report003_test_4',
+           'report000_demo', 'Lengths', 'run_thresholds', 'report003_thresholds', 'Report004', 'run_report004',
+           'report004_lenet_300_100', 'report004_lenet_5_small', 'pruning_table', 'sharing_table', 'start_table',
+           'verdict_table', 'start_verdict', 'tuning_verdict', 'two_bit_table', 'demo_table', 'lengths_table',
+           'longer_table', 'report004_table', 'RateDistortion', 'share_arm', 'run_rate_distortion',
+           'rate_distortion_lenet_300_100', 'rate_distortion_table', 'price_verdict']
 
 # %% ../nbs/45_replications.ipynb #c58aedcb
 import copy
@@ -23,20 +23,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from .container import load, save
 from .core import atomic_path, check_int, count_nonzero, named_weights, require, seed_everything
 from .data import Data, Split, load_data
 from .deep_compression import images_by_channel
-from .kmeans import kmeans_1d
 from .models import create_model, model_input_shape, register_model
 from .pruning import MaskCallback, apply_masks_, std_threshold_mask, threshold_mask
 from .results import Record, experiment, find_experiment, load_records, mean_sd, paired_interval
 from .schedules import Pruner
 from .training import Callback, Metrics, Run, evaluate, fit
-from .weight_sharing import Reassign, finalize_sharing, share_weights, weight_importance
+from .weight_sharing import Moving, Reassign, finalize_sharing, share_weights, weight_importance
 
 # %% ../nbs/45_replications.ipynb #3b432e42
 class FromPixels(nn.Module):
@@ -234,27 +232,6 @@ def share_and_tune(
     finalize_sharing(model)
     return snapped, 100 * evaluate(model, data.test).accuracy, model
 
-# %% ../nbs/45_replications.ipynb #d28887e3
-class Moving(nn.Module):
-    "Parametrization of one tensor: every weight takes the nearest of a few trained values, its gradient ignores that (Zhu et al. 2017)."
-    def __init__(self,
-        weight:Tensor,     # any shape; its zeros stay zero
-        codebook:Tensor,   # (k,), k at least 1; an entry 0 stays zero
-    ):
-        super().__init__()
-        self.values = nn.Parameter(codebook.clone())
-        self.register_buffer("live", codebook != 0)
-        self.register_buffer("kept", weight.detach() != 0)
-
-    def forward(self,
-        weight:Tensor,     # the numbers that the weights keep
-    ) -> Tensor:           # same shape, of values
-        "What the weights are."
-        values, _ = self.values.where(self.live, 0.).sort()
-        near = torch.bucketize(weight.detach(), (values[1:] + values[:-1]).detach() / 2)
-        rounded = values.index_select(0, near.flatten()).view(weight.shape)
-        return torch.where(self.kept, rounded + (weight - weight.detach()), 0.)
-
 # %% ../nbs/45_replications.ipynb #62e973de
 def share_and_move(
     model:nn.Module,      # pruned; not changed
@@ -267,17 +244,14 @@ def share_and_move(
     batch_size:int=128,   # images a step
     seed:int=0,           # of the random starts and the order of the images
 ) -> nn.Module:           # tuned
-    "Share the weights, and train values, biases and which weight takes which value; pruned weights and biases stay zero."
-    shared, moving, generator = copy.deepcopy(model), copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    layers = [m for m in moving.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    "Share the weights, and train values, biases and which weight takes which value (`Moving`); pruned weights and biases stay zero."
+    shared, moving = copy.deepcopy(model), copy.deepcopy(model)
     plain = [name for name, p in model.named_parameters() if name not in named_weights(model)]
-    for m in layers:
-        codebook, _ = kmeans_1d(m.weight.detach(), 2**bits, init=start, keep_zero=True, generator=generator)
-        parametrize.register_parametrization(m, "weight", Moving(m.weight, codebook))
+    share_weights(moving, bits, init=start, generator=torch.Generator().manual_seed(seed), trainable=True, moving=True)
     fit(moving, data, epochs=epochs, lr=lr, batch_size=batch_size, callbacks=[_held(moving, plain)], channels_last=images_by_channel(model),
         seed=seed, device="cpu", progress=False)
-    for m in layers: parametrize.remove_parametrizations(m, "weight")
-    shared.load_state_dict(moving.state_dict())                                 # restores the order of the parameters
+    finalize_sharing(moving)
+    shared.load_state_dict(moving.state_dict())                                 # the channels stay in the order that `model` has
     return shared
 
 # %% ../nbs/45_replications.ipynb #83346f37
@@ -323,7 +297,7 @@ def run_report003(
 # %% ../nbs/45_replications.ipynb #f6392d6b
 @experiment("report003-test-1", configs=[TESTS[1]])
 def report003_test_1(config:Report003, seed:int, folder:Path) -> dict:
-    "Report 003, Tables 1 and 2: LeNet-300-100, quality × σ. `nncomp reproduce report003-test-1`; about five minutes a seed on one CPU core."
+    "Report 003, Tables 1 and 2: LeNet-300-100, quality × σ. `nncomp reproduce report003-test-1`; four to twenty-five minutes a seed on one CPU core."
     return run_report003(config, seed, folder)
 
 
@@ -479,7 +453,7 @@ PUBLISHED = {  # report 003: accuracy before and after pruning, zeros (Tables 1,
             shared={"linear": ("31.39", "95.74", "96.11"), "forgy": ("44.14", "93.31", "95.99"), "density": ("60.80", "95.63", "96.08"), "k-means++": ("31.10", "95.83", "96.13")}),
     3: dict(before="99.24", after="99.29", zeros={"conv1.weight": "0†", "conv1.bias": "0†", "conv2.weight": "7,826", "conv2.bias": "0", "fc1.weight": "624,960", "fc1.bias": "256†", "fc2.weight": "420†", "fc2.bias": "0"},
             shared={"linear": ("99.17", "98.29†", "99.29"), "forgy": ("95.66", "99.30", "99.29"), "density": ("99.16", "99.27", "99.28"), "k-means++": ("99.14", "99.28", "98.28†")}),
-    4: dict(before="99.16", after="99.12", zeros={"conv1.weight": "0", "conv1.bias": "0", "conv2.weight": "24,542", "conv2.bias": "0", "fc1.weight": "620,797", "fc1.bias": "0", "fc2.weight": "982", "fc2.bias": "0"},
+    4: dict(before="99.16", after="99.12", zeros={"conv1.weight": "0", "conv1.bias": "0", "conv2.weight": "24,542", "conv2.bias": "0", "fc1.weight": "620,797", "fc1.bias": "0", "fc2.weight": "982†", "fc2.bias": "0"},
             shared={"linear": ("94.10", "99.09", "99.04"), "forgy": ("96.29", "98.79", "99.01"), "density": ("97.57", "99.02", "99.03"), "k-means++": ("95.01", "99.02", "90.02†")}),
 }
 PUBLISHED_000 = {"fc1.weight": "156,917", "fc2.weight": "18,999", "fc3.weight": "319"}  # zeros after report 000's demonstration
@@ -573,6 +547,35 @@ def verdict_table(
                 line[f"density − linear, {label}"] = _difference(records, pick("density"), pick("linear"))
             lines.append(line)
     return require("pandas").DataFrame(lines)
+
+# %% ../nbs/45_replications.ipynb #425b293c
+def start_verdict(
+    bits:int=2,                      # 2, 5 or 8
+    root:str|Path|None=None,         # as for `results_root`
+) -> str:                            # one sentence for values as k-means leaves them, one for trained values
+    "In how many tests each start is better or worse than the exact optimum."
+    rows, said = verdict_table(root).query(f"bits == '{bits}'"), []
+    for label in ("shared only", "trained"):
+        found = [v for v in rows[f"against the optimum, {label}"] if v != "not run yet"]
+        counts = {f"{start} {what}": sum(start in part.split(f" {what}")[0].split(", ") for v in found for part in v.split("; ") if part.endswith(what))
+                  for start in Report003.starts[:-1] for what in ("better", "worse")}
+        seen = [f"{who} in {count}" for who, count in counts.items() if count] or ["no difference seen"]
+        said.append(f"{label} ({len(found)} of {len(rows)} tests run): {', '.join(seen) if found else 'not run yet'}")
+    return f"Against the optimum at {bits} bits, " + "; ".join(said) + "."
+
+
+def tuning_verdict(
+    root:str|Path|None=None,         # as for `results_root`
+) -> str:                            # a line per test and number of bits
+    "What training the values changes, in points of test accuracy: mean over starts and seeds, against values not trained and against the pruned net."
+    lines = []
+    for test, config in TESTS.items():
+        records = load_records(f"report003-test-{test}", root)
+        for bits in config.bits if records else ():
+            mean = lambda stage: sum(r.metrics[stage][f"{s}-{bits}"] for r in records for s in config.starts) / len(records) / len(config.starts)
+            pruned = sum(r.metrics["pruned_accuracy"] for r in records) / len(records)
+            lines.append(f"Test {test}, {bits} bits: {mean('tuned') - mean('snapped'):+.2f} against values not trained, {mean('tuned') - pruned:+.2f} against the pruned net ({len(records)} seeds)")
+    return "\n".join(lines) or "Training the values: not run yet."
 
 # %% ../nbs/45_replications.ipynb #c7a56f56
 def two_bit_table(
@@ -709,12 +712,16 @@ def _pruned_net(config, data, seed, folder, progress):
     return dense, model
 
 
+def _smallest_good(arms:dict, names:Sequence[str], plain:dict) -> str|None:
+    "Of some arms, that of the smallest file which is not above the arm `plain` in validation loss and error."
+    good = [name for name in names if all(arms[name][key] <= plain[key] for key in ("valid_loss", "valid_error_percent"))]
+    return min(good, key=lambda name: arms[name]["bytes"], default=None)
+
+
 def _choose_price(arms:dict) -> str:
     "The smallest file that is not above plain k-means, the first arm, in validation loss and error; else the lowest price."
-    first, *others = arms
-    priced = [name for name in others if name.startswith("price")]
-    good = [name for name in priced if all(arms[name][key] <= arms[first][key] for key in ("valid_loss", "valid_error_percent"))]
-    return min(good, key=lambda name: arms[name]["bytes"], default=priced[0])
+    priced = [name for name in arms if name.startswith("price")]
+    return _smallest_good(arms, priced, next(iter(arms.values()))) or priced[0]
 
 # %% ../nbs/45_replications.ipynb #c8f25ee0
 def run_rate_distortion(
@@ -754,35 +761,57 @@ def _measured_arm(pruned, data, config, bits, lam, importance, seed, path):
 # %% ../nbs/45_replications.ipynb #7edf8494
 @experiment("rate-distortion-lenet-300-100")
 def rate_distortion_lenet_300_100(config:RateDistortion, seed:int, folder:Path) -> dict:
-    "Shared values by distance and bits against plain k-means, equal epochs. `nncomp reproduce rate-distortion-lenet-300-100`; about four minutes a seed on one CPU core."
+    "Shared values by distance and bits against plain k-means, equal epochs. `nncomp reproduce rate-distortion-lenet-300-100`; ten to fifteen minutes a seed on one CPU core."
     return run_rate_distortion(config, seed, folder)
 
 # %% ../nbs/45_replications.ipynb #6c6b5ce8
+def _chosen_plain(record:Record) -> dict:
+    "The plain arm that the rule for prices picks: the smallest file that is not above the first in validation loss and error."
+    arms = record.metrics["arms"]
+    return arms[_smallest_good(arms, [name for name in arms if name.startswith("kmeans")], record.metrics["plain"])]
+
+
+def _bytes_less(records:Sequence[Record], arm:Callable[[Record], dict]) -> str:
+    "Mean of an arm's bytes less those of `_chosen_plain`, with the paired interval."
+    if len(records) < 2: return "–"
+    a, b = ([float(pick(r)["bytes"]) for r in records] for pick in (arm, _chosen_plain))
+    low, high = paired_interval(a, b)
+    return f"{(sum(a) - sum(b)) / len(a):+,.0f} [{low:+,.0f}, {high:+,.0f}]"
+
+
 def rate_distortion_table(
     root:str|Path|None=None,         # as for `results_root`
 ) -> "pandas.DataFrame":             # of text
     "Bytes and errors of every arm that the test set was read for; the last column pairs each arm's errors with plain k-means."
     records, config = load_records("rate-distortion-lenet-300-100", root), RateDistortion()
     arms = {f"k-means, {2**b} values": (lambda r, key=f"kmeans-{2**b}": r.metrics["arms"][key]) for b in config.bits}
+    arms["k-means, chosen by the same rule"] = _chosen_plain
     arms[f"at a price, at most {2**config.bits[0]} values"] = lambda r: r.metrics["priced"]
     plain, lines = next(iter(arms.values())), []
     for label, arm in arms.items():
         lines.append({"values": label, "file, B": _spread(records, lambda r: arm(r)["bytes"]), "smaller by, %": _spread(records, lambda r: 100 - 100 * arm(r)["bytes"] / plain(r)["bytes"]),
+                      "bytes less the chosen plain": _bytes_less(records, arm) if arm is not _chosen_plain else "",
                       "not zero": _spread(records, lambda r: arm(r)["nonzero"]), "test error, %": _spread(records, lambda r: arm(r)["error_percent"]),
                       "accuracy gained, points": _difference(records, lambda r: -arm(r)["error_percent"], lambda r: -plain(r)["error_percent"]) if arm is not plain else ""})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/45_replications.ipynb #207a1041
+def _priced_against(records, base) -> str:
+    "What the arm with a price saves in bytes, and does to the test accuracy, against another arm of each record."
+    saved = [100 - 100 * r.metrics["priced"]["bytes"] / base(r)["bytes"] for r in records]
+    error = [[arm(r)["error_percent"] for r in records] for arm in (base, lambda r: r.metrics["priced"])]
+    (less, more), (low, high) = paired_interval(saved, [0.] * len(saved)), paired_interval(*error)
+    verdict = "no difference seen" if low <= 0 <= high else "better" if low > 0 else "worse"
+    return f"the file is smaller by {mean_sd(saved)} % (95 % interval {less:+.1f} to {more:+.1f}); test accuracy: {verdict} ({low:+.2f} to {high:+.2f} points)"
+
+
 def price_verdict(
     root:str|Path|None=None,         # as for `results_root`
-) -> str:                            # one or two sentences
-    "What the records say of a price on bits: bytes saved, at equal accuracy or not."
+) -> str:                            # three sentences
+    "What the records say of a price on bits: bytes saved, at equal validation accuracy, by which it is chosen, or not."
     records = load_records("rate-distortion-lenet-300-100", root)
     if len(records) < 2: return "A price on bits: not run yet."
     equal = sum(all(r.metrics["priced"][key] <= r.metrics["plain"][key] for key in ("valid_loss", "valid_error_percent")) for r in records)
-    saved = [100 - 100 * r.metrics["priced"]["bytes"] / r.metrics["plain"]["bytes"] for r in records]
-    error = [[r.metrics[arm]["error_percent"] for r in records] for arm in ("plain", "priced")]
-    low, high = paired_interval(*error)
-    verdict = "no difference seen" if low <= 0 <= high else "better" if low > 0 else "worse, so not at equal accuracy"
-    return (f"A price on bits was at equal validation accuracy for {equal} of {len(records)} seeds; the file is smaller by {mean_sd(saved)} %. "
-            f"Test accuracy against plain k-means: {verdict} (95 % interval {low:+.2f} to {high:+.2f} points).")
+    return (f"A price on bits was at equal validation accuracy, the rule of its choice, for {equal} of {len(records)} seeds. "
+            f"Against k-means with {2**RateDistortion.bits[0]} values {_priced_against(records, lambda r: r.metrics['plain'])}. "
+            f"Against k-means with the number of values chosen by the same rule {_priced_against(records, _chosen_plain)}.")

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['cubic_sparsity', 'grow_masks', 'Pruner', 'iterative_prune', 'alternating_steps', 'sensitivity_scan',
-           'suggest_sparsities', 'suggest_qualities', 'scaled_dropout', 'dropout_feeds', 'DropoutRule',
-           'recalibrate_batch_norm', 'SparsityCurve', 'sparsity_curve', 'Norms', 'penalty_norms', 'DropoutAblation',
-           'dropout_ablation', 'NormRecalibration', 'norm_recalibration', 'Sparsest', 'SparsestLeNet5',
-           'sparsest_lenet_300_100', 'sparsest_lenet_5']
+           'suggest_sparsities', 'suggest_qualities', 'scan_qualities', 'scaled_dropout', 'dropout_feeds',
+           'DropoutRule', 'recalibrate_batch_norm', 'SparsityCurve', 'sparsity_curve', 'Norms', 'penalty_norms',
+           'DropoutAblation', 'dropout_ablation', 'NormRecalibration', 'norm_recalibration', 'Sparsest',
+           'SparsestLeNet5', 'sparsest_lenet_300_100', 'sparsest_lenet_5']
 
 # %% ../nbs/11_schedules.ipynb #d2b062b4
+import contextlib
 import copy
 import functools
 import json
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from .core import atomic_path, check_finite, check_fraction, check_int, count_nonzero, evaluating, named_weights, require, seed_everything
 from .data import Batches, Data, Split, load_data, random_affine
 from .models import create_model, mlp, model_input_shape
-from .pruning import MaskCallback, _fitting, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
+from .pruning import MaskCallback, _fitting, _fraction, _inputs, _once, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
 from .results import experiment
 from .training import Callback, Run, evaluate, fit
 
@@ -52,7 +53,7 @@ def _targets(model: nn.Module, sparsity: float | Mapping[str, float], scope: str
     if not targets: raise ValueError("nothing to prune: the model has no weight tensor, or no sparsity was given")
     for name, s in targets.items():
         if name not in known: raise ValueError(f"{name} is not a parameter of the model")
-        if check_fraction(s, f"sparsity of {name}") + check_fraction(floor, "floor") > 1 + 1e-9 or s == 1:
+        if _fraction(s, f"sparsity of {name}") + check_fraction(floor, "floor") > 1 + 1e-9 or s == 1:
             raise ValueError(f"sparsity {s} of {name} leaves less than the floor of {floor}, or nothing at all")
     return targets
 
@@ -85,8 +86,8 @@ def grow_masks(
     "Masks at `sparsity` that drop the smallest magnitudes or `scores`, and everything that `masks` drop already."
     masks = dict(masks or {})
     _fitting(model, masks)
-    targets = _targets(model, sparsity, scope, floor)
-    ranked = {}
+    targets, ranked = _targets(model, sparsity, scope, floor), {}
+    _once({name: model.get_parameter(name) for name in masks | targets})
     for name in targets:
         p = model.get_parameter(name)
         gone = ~masks[name].to(p.device) if name in masks else torch.zeros_like(p, dtype=torch.bool)
@@ -127,7 +128,7 @@ class Pruner(MaskCallback):
         score:str="magnitude", # "magnitude", or "fisher": `fisher_scores`, with optimizer "adam" or "adamw"
     ):
         super().__init__({})
-        for s in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: check_fraction(s, "sparsity")
+        for s in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: _fraction(s, "sparsity")
         if score not in ("magnitude", "fisher"): raise ValueError(f"score must be 'magnitude' or 'fisher', got {score!r}")
         if schedule not in _SHAPES: raise ValueError(f"schedule must be one of {', '.join(_SHAPES)}, got {schedule!r}")
         self.begin, self.end = check_fraction(begin, "begin"), begin if schedule == "one-shot" else check_fraction(end, "end")
@@ -178,14 +179,24 @@ class _Round(MaskCallback):
 
 def _overall(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
     "Share of zeros among all weight tensors of the model and whatever else is masked."
-    tensors = named_weights(model) | {name: model.get_parameter(name) for name in masks}
+    tensors = {id(p): p for p in [*named_weights(model).values(), *map(model.get_parameter, masks)]}       # a tied one counts once
     return 1 - count_nonzero(tensors.values()) / sum(t.numel() for t in tensors.values())
+
+
+def _check_steps(model: nn.Module, steps: Sequence, scope: str, floor: float) -> None:
+    "ValueError where the target of any round does not fit `model`, or lies below that of an earlier round."
+    if not steps: raise ValueError("steps is empty: give the sparsity after each round, such as [0.5, 0.8, 0.9]")
+    reached = {}
+    for i, step in enumerate(steps, start=1):
+        for name, s in _targets(model, step, scope, floor).items():
+            if s < reached.get(name, 0): raise ValueError(f"steps must not fall, since what is dropped stays dropped: round {i} takes {name} from {reached[name]} to {s}")
+            reached[name] = s
 
 # %% ../nbs/11_schedules.ipynb #480e8a13
 def iterative_prune(
     model:nn.Module,  # trained; changed in place
     data,             # `data.Data`; its validation part is measured
-    steps:Sequence[float|Mapping[str,float]],  # sparsity after each round, in [0, 1), of all weight tensors or by name
+    steps:Sequence[float|Mapping[str,float]],  # sparsity after each round, never falling, in [0, 1), of all weight tensors or by name
     *,
     scope:str="layer",       # as in `grow_masks`
     floor:float=0.001,       # as in `grow_masks`
@@ -206,20 +217,24 @@ def iterative_prune(
     channels_last:bool=False,
     checkpoint:str|Path|None=None,  # folder for a checkpoint per round; made where it does not exist
     progress:bool=True,
+    dropout_rule:bool=False, # lower dropout by `DropoutRule` as connections go; the first rates come back at the end
 ) -> tuple[dict[str,Tensor], list[dict]]:  # the masks, and per round: round, sparsity of all weight tensors, accuracy before and after retraining
-    "Prune, retrain, and repeat (Han et al. 2015, sec. 3.4)."
-    if not steps: raise ValueError("steps is empty: give the sparsity after each round, such as [0.5, 0.8, 0.9]")
+    "Prune, retrain, and repeat (Han et al. 2015, sec. 3.4); ValueError before the first round where a step falls or does not fit."
+    _check_steps(model, steps, scope, floor)
     masks, rounds, folder = {}, [], None if checkpoint is None else Path(checkpoint)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
-    for i, target in enumerate(steps, start=1):
-        masks = grow_masks(model, target, masks, scope=scope, floor=floor)
-        apply_masks_(model, masks)
-        hold = _Round(masks, str((target, scope, floor)), evaluate(model, data.valid, device=device).accuracy)
-        fit(model, data, epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay,
-            momentum=momentum, l1=l1, l2=l2, loss=loss, augment=augment, callbacks=[hold, *callbacks], seed=seed + i - 1, device=device,
-            channels_last=channels_last, checkpoint=folder and folder / f"round-{i}.pt", progress=progress, title=f"round {i}/{len(steps)}")
-        masks, healed = hold.masks, evaluate(model, data.valid, device=device)
-        rounds.append({"round": i, "sparsity": _overall(model, masks), "pruned_accuracy": hold.cut, "accuracy": healed.accuracy})
+    rules = [DropoutRule()] if dropout_rule else []
+    with contextlib.ExitStack() as stack:
+        for rule in rules: stack.callback(rule.restore)
+        for i, target in enumerate(steps, start=1):
+            masks = grow_masks(model, target, masks, scope=scope, floor=floor)
+            apply_masks_(model, masks)
+            hold = _Round(masks, str((target, scope, floor)), evaluate(model, data.valid, device=device).accuracy)
+            fit(model, data, epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay,
+                momentum=momentum, l1=l1, l2=l2, loss=loss, augment=augment, callbacks=[hold, *rules, *callbacks], seed=seed + i - 1,
+                device=device, channels_last=channels_last, checkpoint=folder and folder / f"round-{i}.pt", progress=progress, title=f"round {i}/{len(steps)}")
+            masks, healed = hold.masks, evaluate(model, data.valid, device=device)
+            rounds.append({"round": i, "sparsity": _overall(model, masks), "pruned_accuracy": hold.cut, "accuracy": healed.accuracy})
     return masks, rounds
 
 # %% ../nbs/11_schedules.ipynb #13ac8833
@@ -261,13 +276,14 @@ def sensitivity_scan(
 
 # %% ../nbs/11_schedules.ipynb #916bc5dc
 def suggest_sparsities(
-    scan,                  # DataFrame from `sensitivity_scan`; the smallest sparsity of each layer is its reference
+    scan,                  # DataFrame from `sensitivity_scan`, with a row at sparsity 0 for each layer, the reference
     tolerance:float=0.01,  # accuracy that may be lost, in [0, 1]
 ) -> dict[str,float]:      # parameter name -> largest sparsity before the first larger loss
     "Per-layer targets for `Pruner` from a sensitivity scan."
     check_fraction(tolerance, "tolerance")
     targets = {}
     for name, rows in scan.sort_values("sparsity", kind="stable").groupby("layer", sort=False):
+        if rows["sparsity"].iloc[0] != 0: raise ValueError(f"the scan of {name} begins at sparsity {rows['sparsity'].iloc[0]:g}; it needs a row at 0, to compare with")
         good = (rows["accuracy"] >= rows["accuracy"].iloc[0] - tolerance - 1e-12).cumprod().astype(bool)
         targets[name] = float(rows["sparsity"][good].iloc[-1])
     return targets
@@ -284,6 +300,20 @@ def suggest_qualities(
         sigma, drop = float(model.get_parameter(name).detach().double().std(correction=0)), round(s * size.numel())
         if drop and drop < len(size) and sigma and size[drop]: qualities[name] = float(size[drop - 1:drop + 1].mean()) / sigma
     return qualities
+
+
+def scan_qualities(
+    model:nn.Module,       # put back bit for bit
+    data,                  # as in `sensitivity_scan`
+    tolerance:float=0.01,  # accuracy that each tensor alone may cost, in [0, 1]
+    *,
+    sparsities:Sequence[float]=(0., .5, .6, .7, .8, .9, .95, .98),  # tried, 0 among them, each in [0, 1)
+    names:Sequence[str]|None=None,       # which parameters; None = every weight tensor
+    device:str|torch.device|None=None,   # where to evaluate
+) -> dict[str,float]:      # parameter name -> quality for `std_threshold_masks`; tensors that lose nothing are left out
+    "Thresholds in standard deviations from a scan: `sensitivity_scan`, `suggest_sparsities` and `suggest_qualities` in one call."
+    scan = sensitivity_scan(model, data, sparsities, names=names, device=device)
+    return suggest_qualities(model, suggest_sparsities(scan, tolerance))
 
 # %% ../nbs/11_schedules.ipynb #9e8a5e0d
 def scaled_dropout(
@@ -311,7 +341,19 @@ def dropout_feeds(
             waiting = []
     return feeds
 
+# %% ../nbs/11_schedules.ipynb #a4e3f2e7
+def _feeds(model: nn.Module, feeds: Mapping[str, str] | None) -> Mapping[str, str]:
+    "`feeds`, or those that `dropout_feeds` finds, checked against `model`; ValueError where a dropout layer would be passed over unasked."
+    known = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    found = dropout_feeds(model) if feeds is None else feeds
+    strange, left = sorted(set(found) - set(known)), sorted(set(known) - set(found))
+    if strange: raise ValueError(f"not a dropout layer of the model: {', '.join(strange)}; it has {', '.join(sorted(known)) or 'none'}")
+    if feeds is None and not known: raise ValueError("the model has no dropout layer whose rate could be scaled; leave DropoutRule out")
+    if feeds is None and left: raise ValueError(f"no weight is defined behind the dropout layer {', '.join(left)}; say in `feeds` which weight each dropout layer feeds")
+    if found: _owned(model, found.values())
+    return found
 
+# %% ../nbs/11_schedules.ipynb #2b345ccd
 class DropoutRule(Callback):
     "Scale every dropout rate with the root of the connections left in the layer behind it, as pruning goes on (@eq-schedules-dropout)."
     def __init__(
@@ -319,16 +361,16 @@ class DropoutRule(Callback):
         feeds:Mapping[str,str]|None=None, # name of a dropout layer -> parameter behind it; None = `dropout_feeds`
         *,
         every:int=20,                     # steps between two looks; also looks before the first step and after each epoch
-    ): self.feeds, self.every, self.rates = feeds, check_int(every, 1, name="every"), None
+    ): self.feeds, self.every, self.rates, self.layers = feeds, check_int(every, 1, name="every"), None, {}
 
     def identity(self) -> str: return str((self.feeds and dict(self.feeds), self.every))
 
     def before_fit(self, run:Run) -> None:
-        feeds = dropout_feeds(run.model) if self.feeds is None else self.feeds
-        known = {name for name, module in run.model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)}
-        if set(feeds) - known: raise ValueError(f"not a dropout layer of the model: {', '.join(sorted(set(feeds) - known))}; it has {', '.join(sorted(known)) or 'none'}")
-        if feeds: _owned(run.model, feeds.values())
-        self.layers = {name: (run.model.get_submodule(name), run.model.get_parameter(weight)) for name, weight in feeds.items()}
+        feeds = _feeds(run.model, self.feeds)
+        layers = {name: (run.model.get_submodule(name), run.model.get_parameter(weight)) for name, weight in feeds.items()}
+        if any(layers.get(name, (None,))[0] is not layer for name, (layer, _) in self.layers.items()):
+            raise ValueError("this DropoutRule holds the first rates of another model; give each model a rule of its own")
+        self.layers = layers
         if self.rates is None: self.rates = {name: layer.p for name, (layer, _) in self.layers.items()}
         self.scale()
 
@@ -359,25 +401,24 @@ def recalibrate_batch_norm(
     batch_size:int=256,                  # of a split
     device:str|torch.device|None=None,   # None = where the model is
 ) -> int:                                # batch normalisations that were recalibrated; 0 = the model has none
-    "Replace the running statistics of batch normalisation by their averages over `data`, without gradients."
+    "Replace the running statistics of batch normalisation by their averages over `data`, without gradients; after an error they are the old ones."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
     if not norms: return 0
     split, home = getattr(data, "train", data), next(model.parameters()).device
     batches = Batches(split, batch_size, shuffle=True, drop_last=len(split) > batch_size) if isinstance(split, Split) else split
     kept = [({k: v.clone() for k, v in m.state_dict().items()}, m.momentum) for m in norms]
-    seen = 0
+    seen, done = 0, False
     try:
         with evaluating(model.to(device or home)):
             for m in norms: m.reset_running_stats(), m.train(), setattr(m, "momentum", None)   # None = a plain average of the batches
-            for xb, *_ in batches:
-                model(xb.to(device or home))
-                seen += 1
+            for seen, (xb, *_) in enumerate(batches, start=1): model(_inputs(xb, next(model.parameters())))
+        if not seen: raise ValueError("there are no batches to average over")
+        done = True
     finally:
         for m, (state, momentum) in zip(norms, kept):
             m.momentum = momentum
-            if not seen: m.load_state_dict(state)
+            if not done: m.load_state_dict(state)
         model.to(home)
-    if not seen: raise ValueError("there are no batches to average over")
     return len(norms)
 
 # %% ../nbs/11_schedules.ipynb #201199e4

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nncomp.arithmetic import _grid, _sides, _write, decode, decode_indices, encode, encode_indices
+from nncomp.arithmetic import (
+    _grid,
+    _read_by_table,
+    _reader,
+    _sides,
+    _write,
+    _write_by_table,
+    decode,
+    decode_indices,
+    encode,
+    encode_indices,
+)
 from nncomp.core import BitstreamError
 from nncomp.entropy import counts, entropy_bits
 
@@ -64,6 +75,54 @@ def test_never_half_a_percent_above_the_entropy(density):
     assert (decode_indices(written, symbols.size, 32, shape=(512, 1024), zero=zero) == symbols).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_table_serves_any_symbols(data):
+    k = data.draw(st.sampled_from([1, 2, 3, 17, 256, 257, 4096, 65536]))
+    dtype = np.uint8 if k <= 256 else np.uint16
+    symbols = data.draw(hnp.arrays(dtype, st.integers(1, 300), elements=st.integers(0, k - 1)))
+    symbols = np.repeat(symbols, data.draw(hnp.arrays(np.int64, symbols.size, elements=st.sampled_from([1, 1, 1, 2, 3000]))))
+    back = np.zeros_like(symbols)
+    assert _read_by_table(back, *_reader(_write_by_table(symbols, k)), k) == symbols.size
+    assert (back == symbols).all()
+
+
+@pytest.mark.parametrize(("k", "spread"), [(256, 32), (16, 2), (300, 40)])
+def test_large_noise_gets_a_table_and_structure_does_not(k, spread):
+    rng = np.random.default_rng(7)
+    symbols = np.clip(np.rint(spread * rng.standard_normal((256, 1024)) + k // 2), 0, k - 1).astype(np.uint16 if k > 256 else np.uint8)
+    bound = entropy_bits(counts(symbols)) * symbols.size / 8
+    written = encode_indices(symbols.ravel(), k, shape=symbols.shape, zero=k // 2)
+    assert written[0] == 2 and bound <= len(written) <= 1.005 * bound
+    assert (decode_indices(written, symbols.size, k, shape=symbols.shape, zero=k // 2) == symbols.ravel()).all()
+    rows = np.where(rng.random((256, 1)) < 0.5, symbols, k // 2).astype(symbols.dtype)  # half of the rows are empty
+    assert encode_indices(rows.ravel(), k, shape=rows.shape, zero=k // 2)[0] != 2
+
+
+def test_a_table_that_lies():
+    symbols = np.arange(20, dtype=np.uint8) % 16
+    message = _write_by_table(symbols, 16)
+    with pytest.raises(BitstreamError, match="table is empty"):
+        decode_indices(b"\2" + b"\xff" * 30, 20, 16, shape=(20,))
+    with pytest.raises(BitstreamError, match="left over"):
+        decode_indices(b"\2" + message + bytes(9), 20, 16, shape=(20,))
+    seen = set()
+    for i in range(8 * len(message)):
+        hurt = bytearray(message)
+        hurt[i // 8] ^= 1 << i % 8
+        try:
+            assert decode_indices(b"\2" + bytes(hurt), 20, 16, shape=(20,)).max() < 16
+            seen.add("other")
+        except BitstreamError:
+            seen.add("error")
+    for i in range(len(message)):
+        try:
+            decode_indices(b"\2" + message[:i], 20, 16, shape=(20,))
+        except BitstreamError:
+            seen.add("cut")
+    assert seen == {"other", "error", "cut"}
+
+
 def test_structure_is_found():
     rng = np.random.default_rng(3)
     picture = np.zeros((64, 28, 28), bool)
@@ -83,6 +142,7 @@ def test_the_bytes_never_change():
     digests = [hashlib.sha256(_write(symbols, 16, _grid(shape, max(way, 1)), zero, way == 0)).hexdigest()[:16]
                for shape, way in (((20_000,), 0), ((100, 200), 1), ((50, 400), 20), ((20, 40, 5, 5), 1))]
     assert digests == ["b0245921ad16022d", "370d7e191b1e4063", "e6b3436ca64d906e", "777492c2367be6f2"]
+    assert hashlib.sha256(_write_by_table(symbols, 16)).hexdigest()[:16] == "096035e98a036f39"
     assert encode(np.array([[3, 0, 0], [0, 1, 0]], np.uint8)).hex() == "010401020203003e5e"
 
 
@@ -117,7 +177,8 @@ def _eight(k=2, shape=(8,), more=0, **options):
 
 
 @pytest.mark.parametrize(("call", "told"), [
-    (_eight(k=0), "k must lie"), (_eight(k=70_000), "k must lie"), (_eight(zero=2), "zero must lie"), (_eight(shape=(2, 3)), "does not hold"),
+    (_eight(k=0), "k must be an integer in 1…65536"), (_eight(k=2.0), "k must be"), (_eight(zero=2), "zero must be an integer in -1…1"),
+    (_eight(shape=(2, 3)), "does not hold"),
     (_eight(shape=(-2, -4)), "does not hold"), (_eight(more=5), "below k"), (lambda: encode(np.zeros(3)), "uint8 or uint16"),
 ])
 def test_parameters_that_do_not_fit(call, told):

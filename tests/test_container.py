@@ -402,7 +402,7 @@ def reader():
     exec("\n".join(cells[start - 1 : start + 2]), names)
     both = "\n".join(cells[start - 1 : start + 1]), cells[start + 1]
     reader, arithmetic = ([line for line in text.splitlines() if line.strip()] for text in both)
-    assert len(reader) <= 80 and len(arithmetic) <= 55 and max(map(len, reader + arithmetic)) <= 140
+    assert len(reader) <= 80 and len(arithmetic) <= 75 and max(map(len, reader + arithmetic)) <= 140
     assert "torch" not in "".join(reader + arithmetic) and "nncomp" not in "".join(reader + arithmetic)
     return names
 
@@ -477,10 +477,12 @@ def test_independent_reader_of_files(reader, tmp_path):
 
 
 def test_independent_reader_of_shipped_files(reader):
-    for path in (Path(__file__).parents[1] / "models").glob("*.nncomp"):
-        if all(row["arithmetic"] < 4000 for row in inspect(path).rows):  # plain Python takes a minute for a megabyte
-            found, state = reader["read"](path), load(path)
-            assert list(found) == list(state) and all(np.array_equal(found[n].reshape(-1), bit_patterns(t)) for n, t in state.items())
+    paths = [path for path in (Path(__file__).parents[1] / "models").glob("*.nncomp")
+             if all(row["arithmetic"] < 4000 for row in inspect(path).rows)]  # plain Python takes a minute for a megabyte
+    assert paths
+    for path in paths:
+        found, state = reader["read"](path), load(path)
+        assert list(found) == list(state) and all(np.array_equal(found[n].reshape(-1), bit_patterns(t)) for n, t in state.items())
 
 
 @pytest.fixture(scope="module")

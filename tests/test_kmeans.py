@@ -1,4 +1,5 @@
 "The one-dimensional k-means against brute force and scikit-learn, on every dtype and on awkward values."
+from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
@@ -63,6 +64,51 @@ def test_optimum_equals_brute_force(kind, n, k, weighted, seed):
         other = kmeans_1d(x, k, init=init, weights=w if weighted else None)
         assert len(other[0]) == len(codebook)
         assert inertia(x, *other, w) >= least * (1 - 1e-9) - resolution
+
+
+def partition_cost(x, w, labels):
+    "Inertia of a partition about its own means, as a fraction."
+    total = Fraction(0)
+    for j in np.unique(labels):
+        points, mass = [Fraction(v) for v in x[labels == j]], [Fraction(v) for v in w[labels == j]]
+        if any(mass):
+            moment = sum(m * p for m, p in zip(mass, points))
+            total += sum(m * p * p for m, p in zip(mass, points)) - moment**2 / sum(mass)
+    return total
+
+
+def least_cost(x, w, k):
+    "Least inertia of at most k intervals of sorted x, as a fraction, by dynamic programming."
+    best = [Fraction(0)] + [None] * len(x)
+    cost = [[partition_cost(x[i:j], w[i:j], np.zeros(max(j - i, 0))) for j in range(len(x) + 1)] for i in range(len(x))]
+    for _ in range(k):
+        best = [min((best[i] + cost[i][j] for i in range(j) if best[i] is not None), default=best[j]) for j in range(len(x) + 1)]
+    return best[-1]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.sampled_from(("normal", "heavy", "tied", "descending")), st.integers(3, 12), st.integers(2, 8), st.floats(0, 10),
+       st.floats(-290, 290), st.booleans(), st.integers(0, 2**31))
+def test_optimum_for_importances_over_twenty_decades(kind, n, k, decades, unit, zeros, seed):
+    rng = np.random.default_rng(seed)
+    x, w = np.sort(sample(kind, n, rng)), 10.0 ** (unit + rng.uniform(-decades, decades, n))
+    if zeros:
+        w[rng.integers(0, n, 2)] = 0
+    w[0] = 10.0**unit
+    least = least_cost(x, w, k)
+    assert partition_cost(x, w, kmeans_1d(x, k, weights=w)[1]) <= least * (1 + Fraction(1, 10**9))
+    for init in INITS[1:]:
+        codebook, labels = kmeans_1d(x, k, init=init, weights=w)
+        assert np.isfinite(codebook).all() and partition_cost(x, w, labels) >= least * (1 - Fraction(1, 10**9))
+
+
+@pytest.mark.parametrize("unit", [5e-324, 1e-200, 1e200, 1.7e308])
+@pytest.mark.parametrize("init", INITS)
+def test_the_unit_of_the_importances_does_not_matter(unit, init):
+    x = torch.randn(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain, other = kmeans_1d(x, 7, init=init), kmeans_1d(x, 7, init=init, weights=torch.full((300,), unit, dtype=torch.float64))
+    torch.testing.assert_close(other[0], plain[0], rtol=1e-12, atol=1e-12)
+    assert torch.equal(other[1], plain[1])
 
 
 @settings(max_examples=100, deadline=None)
@@ -297,7 +343,9 @@ def test_arrays_and_tensors_of_any_layout():
     ({"values": np.array([1 + 2j])}, "got complex128"),
     ({"values": np.array(["a"])}, "got <U1"),
     ({"values": np.array([1.0, np.nan, np.inf])}, "values holds 2 NaN or infinite values of 3"),
-    ({"weights": torch.ones(2)}, "one entry per value, got 2 for 3"),
+    ({"weights": torch.ones(2)}, "weights must have the shape of values, (3,), got (2,)"),
+    ({"values": torch.ones(3, 4), "weights": torch.ones(4, 3)}, "weights must have the shape of values, (3, 4), got (4, 3)"),
+    ({"values": torch.empty(3, device="meta")}, "values is on the meta device and holds no values"),
     ({"weights": torch.tensor([1.0, -1.0, 1.0])}, "at least 0"),
     ({"weights": torch.zeros(3)}, "not all 0"),
     ({"weights": torch.tensor([1.0, float("nan"), 1.0])}, "weights holds 1 NaN"),

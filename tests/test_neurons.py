@@ -544,6 +544,43 @@ def test_torch_pruning_shrinks_a_resnet():
     assert all(p.grad is not None for p in small.parameters())
 
 
+def test_the_vgg_of_torchvision_goes_through_the_graph():
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        net = models.vgg11(num_classes=10)
+    for call in (hidden_layers, lambda net: remove_neurons(net, {}), norm_scores):
+        with pytest.raises(ValueError, match="the model is a VGG, not a sequence.*torchvision's networks.*prune_graph"):
+            call(net)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = toy_net()
+
+    def forward(self, x):
+        return self.net(x), self.net(x)
+
+
+@needs_torch_pruning
+def test_graphs_with_other_outputs_are_one_error():
+    x = toy_data().test.x
+    with pytest.raises(ValueError, match="must return one tensor, got a tuple"):
+        prune_graph(Twice(), x, 0.5)
+    with pytest.raises(ValueError, match="outputs names nope, not a layer of the model; it has 0, 1, 2"):
+        prune_graph(toy_net(), x, 0.5, outputs=["nope"])
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        net = models.vgg11(num_classes=10)
+    net.classifier, net.avgpool = nn.Linear(512, 10), nn.AdaptiveAvgPool2d(1)
+    net = net.to_empty(device="cpu")
+    seed_everything(0)
+    for p in net.parameters():
+        nn.init.normal_(p, 0, 0.02)
+    small = prune_graph(net, torch.randn(2, 3, 32, 32), 0.5)
+    assert small.classifier.in_features == 256 and small.features[0].out_channels == 32
+
+
 @needs_torch_pruning
 @pytest.mark.parametrize("arguments, message", [((1.0,), "below 1"), ((50,), r"\[0, 1\]")])
 def test_torch_pruning_with_bad_input(arguments, message):

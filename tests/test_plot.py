@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from nncomp import plot  # noqa: E402
 from nncomp.plot import plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+SCAN = pd.DataFrame({"layer": ["a.weight"] * 2 + ["b.weight"] * 2, "sparsity": [0.0, 0.5] * 2, "accuracy": [1.0, 0.6, 1.0, 0.4]})
 WEIGHTS = torch.randn(3000, generator=torch.Generator().manual_seed(0))
 
 
@@ -41,6 +43,7 @@ def draw_all():
         "curves": plot.training_curves([history, history], marks={3: "pruning"}),
         "images": plot.weight_images(WEIGHTS.view(30, 10, 10)).figure,
         "masks": plot.weight_images(WEIGHTS.view(30, 10, 10) > 0).figure,
+        "map": plot.sensitivity_map(SCAN).figure,
         "multiples": plot.small_multiples(lambda ax, k: ax.plot([0, k]), [1, 2, 3, 4]),
     }
 
@@ -149,6 +152,7 @@ def test_weights_come_in_any_form(weights):
     (lambda: plot.weight_images(torch.ones(3)), "(n, h, w)"),
     (lambda: plot.weight_images(torch.ones(1, 2, 2), columns=-1), "columns"),
     (lambda: plot.small_multiples(print, []), "no states"),
+    (lambda: plot.sensitivity_map(SCAN.drop(columns="layer")), "without layer"),
     (lambda: plot.animate(print, 0, alt=""), "at least 1 frame"),
 ])
 def test_bad_arguments_are_named(call, message):

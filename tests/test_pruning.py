@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 from toys import Stop, toy_data, toy_net
 
+from nncomp.container import load, save
 from nncomp.core import named_weights, seed_everything
 from nncomp.pruning import (
     MaskCallback,
@@ -641,3 +642,138 @@ def test_hold_masks_in_a_loop_of_ones_own(make):
 def test_a_resumed_run_with_other_masks_is_refused():
     one, other = (MaskCallback({"w": torch.tensor([[True, False], [keep, True]])}) for keep in (True, False))
     assert one.identity() != other.identity() == MaskCallback(other.masks).identity()
+
+
+# --- masks in loops of one's own, and in files ---
+
+
+@given(
+    st.sampled_from([lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1)]),
+    st.floats(0, 0.9), st.integers(0, 99), st.integers(0, 3),
+)
+@settings(max_examples=20, deadline=None)
+def test_hold_masks_holds_and_is_attached_again_to_a_copy(make, sparsity, seed, steps):
+    net, data = toy_net(seed), toy_data(seed)
+    masks, optimizer = toy_masks(net, sparsity), make(net.parameters())
+
+    def train_on(net, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(data.train.x), data.train.y).backward()
+            optimizer.step()
+            assert all((net.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
+
+    hooks = hold_masks(net, optimizer, masks)
+    train_on(net, optimizer, steps)
+    twin, its_optimizer = copy.deepcopy((net, optimizer))
+    with pytest.raises(ValueError, match="the optimizer does not train 0.weight, 4.weight, 6.weight of this model"):
+        hold_masks(twin, optimizer, masks)
+    hold_masks(twin, its_optimizer, masks)
+    train_on(net, optimizer, 2), train_on(twin, its_optimizer, 2)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters()))
+    hooks.close()
+    net.requires_grad_(False)
+    hold_masks(net, make(twin.parameters()), masks)  # what is frozen needs no optimizer to hold it
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda net: MaskCallback({"w": [1, 0]}), "the mask of w must be a bool tensor, got a list"),
+    (lambda net: apply_masks_(net, {"4.weight": None}), "the mask of 4.weight must be a bool tensor, got a NoneType"),
+    (lambda net: magnitude_mask(torch.ones(4), True), r"sparsity of weight must lie in \[0, 1\], got True"),
+    (lambda net: random_mask(torch.ones(4), np.True_, None, name="fc1.weight"), "sparsity of fc1.weight must lie in"),
+    (lambda net: global_magnitude_masks({"w": torch.ones(4)}, False), "sparsity must lie in"),
+    (lambda net: std_threshold_mask(torch.ones(4), "1", name="fc1.weight"), "above 0, got '1' for fc1.weight"),
+    (lambda net: std_threshold_masks(net, None), "above 0, got None for 0.weight"),
+    (lambda net: threshold_masks(net, {"4.weight": torch.ones(2)}), "threshold must be finite and at least 0"),
+    (lambda net: n_m_mask(torch.ones(3), name="fc1.weight"), r"fc1.weight of shape \(3,\) has no dimension 1"),
+    (lambda net: n_m_mask(torch.full((2, 4), math.nan), name="fc1.weight"), "fc1.weight holds 8 NaN"),
+])
+def test_wrong_arguments_are_one_named_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(toy_net())
+
+
+def test_a_lone_mask_may_be_empty_and_a_model_refuses_it():
+    net = toy_net()
+    w = net[6].weight
+    for mask in (magnitude_mask(w, 1.0), random_mask(w, 1.0, None), threshold_mask(w, 99.0), std_threshold_mask(w, 99.0)):
+        assert not mask.any()
+        for call in (lambda: apply_masks_(net, {"6.weight": mask}), lambda: train(net, [MaskCallback({"6.weight": mask})])):  # noqa: B023
+            with pytest.raises(ValueError, match="the mask removes all 24 entries of 6.weight"):
+                call()
+
+
+def test_two_names_of_one_tensor_have_one_mask():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    net[2].weight = net[1].weight
+    before = net[1].weight.detach().clone()
+    masks = {name: magnitude_mask(before, s) for name, s in (("1.weight", 0.5), ("2.weight", 0.25))}
+    for call in (lambda: apply_masks_(net, masks), lambda: train(net, [MaskCallback(masks)]), lambda: finalize_pruning(net, masks)):
+        with pytest.raises(ValueError, match="2.weight and 1.weight are one tensor"):
+            call()
+    assert torch.equal(net[1].weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_first_order_takes_images_of_another_type(dtype):
+    net, data = toy_net().to(dtype), toy_data()
+    scores = first_order_scores(net, [(data.train.x, data.train.y)])
+    exact = first_order_scores(copy.deepcopy(net).float(), [(data.train.x, data.train.y)])
+    for name, s in scores.items():
+        assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(s.float(), exact[name], rtol=0.1, atol=0.1 * float(exact[name].max()))
+
+
+def test_finalize_checks_before_it_unwraps():
+    net = toy_net()
+    for layer in (net[4], net[6]):
+        prune.l1_unstructured(layer, "weight", amount=0.5)
+    names = list(net.state_dict())
+    with pytest.raises(ValueError, match=r"6.weight has shape \(3, 8\), its mask \(8, 3\)"):
+        finalize_pruning(net, {"6.weight": torch.ones(8, 3, dtype=torch.bool)})
+    assert list(net.state_dict()) == names
+    nn.utils.parametrizations.weight_norm(net[0])
+    with pytest.raises(ValueError, match="0 computes weight by a parametrization.*remove_parametrizations"):
+        finalize_pruning(net)
+    assert "4.weight_mask" in net.state_dict()
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    finalize_pruning(net, {"6.weight": magnitude_mask(net[6].weight, 0.75)})
+    assert set(net.state_dict()) == set(toy_net().state_dict())
+    assert int((net[4].weight == 0).sum()) == 256 and int((net[6].weight == 0).sum()) == 18
+
+
+ZOO = ["resnet18", "mobilenet_v2", "vgg11", "squeezenet1_1"]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_files_of_the_zoo_shrink_as_sparsity_grows(name, tmp_path):
+    "Global pruning, a plain module, a file that loads back; smaller at each sparsity, the first of them smaller than the dense one."
+    models = pytest.importorskip("torchvision.models")
+    seed_everything(0)
+    if name == "vgg11":  # the convolutions, and one dense layer in place of 123 million weights
+        with torch.device("meta"):
+            net = models.vgg11(num_classes=10)
+        net.classifier = nn.Linear(512, 10)
+        net.avgpool = nn.AdaptiveAvgPool2d(1)
+        net = net.to_empty(device="cpu")
+        for module in net.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    else:
+        net = getattr(models, name)(num_classes=10)
+    net.eval()
+    x, sizes = torch.randn(2, 3, 64, 64), []
+    for sparsity in (0.0, 0.9, 0.98):
+        masks = global_magnitude_masks(named_weights(net), sparsity, floor=0.001)
+        finalize_pruning(net, masks)
+        weights = torch.cat([w.flatten() for w in named_weights(net).values()])
+        assert int((weights == 0).sum()) == round(sparsity * weights.numel())
+        path = tmp_path / f"{sparsity}.nncomp"
+        save(net, path)
+        state = load(path)
+        assert all(torch.equal(v, state[key]) for key, v in net.state_dict().items())
+        sizes.append(path.stat().st_size)
+        with torch.no_grad():
+            out = net(x)
+        assert out.shape == (2, 10) and torch.isfinite(out).all()
+    assert sizes[0] > 3 * sizes[1] and sizes[1] > 2 * sizes[2]

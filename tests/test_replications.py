@@ -41,7 +41,9 @@ from nncomp.replications import (
     share_and_tune,
     sharing_table,
     start_table,
+    start_verdict,
     train_and_prune,
+    tuning_verdict,
     two_bit_table,
     verdict_table,
 )
@@ -290,18 +292,26 @@ def test_tables_from_records(monkeypatch):
     assert frame["ours"].tolist()[:3] == ["98 ± 0 (3)", "10,001.0 ± 1.0 (3)", "98 ± 0 (3)"]
     shown = [v for v in frame["the report"] if v != "–"]
     assert sorted(shown) == sorted(PUBLISHED_004["report004-lenet-5-small"].values())
-    arm = dict(bytes=100, nonzero=9, error_percent=2.)
+    arm = dict(bytes=100, nonzero=9, error_percent=2., valid_loss=.1, valid_error_percent=2.)
     kept["rate-distortion-lenet-300-100"] = records("rate-distortion-lenet-300-100", lambda k: dict(
-        arms={f"kmeans-{n}": arm for n in (32, 16, 8)}, priced=arm | {"bytes": 80 + k, "error_percent": 1.9}))
+        arms={"kmeans-16": arm | {"bytes": 95}, "kmeans-32": arm, "kmeans-8": arm | {"bytes": 70, "valid_loss": .2}},  # sorted as in files
+        priced=arm | {"bytes": 80 + k, "error_percent": 1.9}))
     for r in kept["rate-distortion-lenet-300-100"]:
         r.metrics["plain"] = arm | dict(valid_loss=.1, valid_error_percent=2.)
         r.metrics["priced"] |= dict(valid_loss=.1 + .1 * (r.seed == 2), valid_error_percent=2.)
-    assert price_verdict() == ("A price on bits was at equal validation accuracy for 2 of 3 seeds; "
-                               "the file is smaller by 19.0 ± 1.0 (3) %. "
-                               "Test accuracy against plain k-means: better (95 % interval +0.10 to +0.10 points).")
+    assert price_verdict() == ("A price on bits was at equal validation accuracy, the rule of its choice, for 2 of 3 seeds. "
+                               "Against k-means with 32 values the file is smaller by 19.0 ± 1.0 (3) % (95 % interval +16.5 to +21.5); "
+                               "test accuracy: better (+0.10 to +0.10 points). Against k-means with the number of values chosen by the "
+                               "same rule the file is smaller by 14.7 ± 1.1 (3) % (95 % interval +12.1 to +17.4); "
+                               "test accuracy: better (+0.10 to +0.10 points).")
     frame = rate_distortion_table()
-    assert frame["smaller by, %"].tolist() == ["0 ± 0 (3)"] * 3 + ["19.0 ± 1.0 (3)"]
+    assert frame["smaller by, %"].tolist() == ["0 ± 0 (3)", "5 ± 0 (3)", "30 ± 0 (3)", "5 ± 0 (3)", "19.0 ± 1.0 (3)"]
+    assert frame["bytes less the chosen plain"].tolist() == ["+5 [+5, +5]", "+0 [+0, +0]", "-25 [-25, -25]", "", "-14 [-16, -12]"]
     assert frame["accuracy gained, points"].tolist()[-1] == "+0.10 [+0.10, +0.10] better"
+    assert start_verdict(2) == ("Against the optimum at 2 bits, shared only (4 of 4 tests run): linear worse in 4, forgy worse in 4, "
+                                "density worse in 4, k-means++ worse in 4; trained (4 of 4 tests run): no difference seen.")
+    gains = tuning_verdict().splitlines()
+    assert len(gains) == 12 and gains[0] == "Test 1, 2 bits: +5.00 against values not trained, +0.00 against the pruned net (3 seeds)"
 
 
 def test_without_records_tables_say_so(tmp_path):

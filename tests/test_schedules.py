@@ -31,6 +31,7 @@ from nncomp.schedules import (
     iterative_prune,
     recalibrate_batch_norm,
     scaled_dropout,
+    scan_qualities,
     sensitivity_scan,
     suggest_qualities,
     suggest_sparsities,
@@ -65,7 +66,7 @@ def test_cubic(final, initial, grid):
 def test_grown_masks_are_nested_and_exact(seed, grid, scope, floor):
     net, masks = toy_net(seed), None
     g = torch.Generator().manual_seed(seed)
-    for s in sorted(grid):
+    for s in sorted(min(s, 1 - floor) for s in grid):  # beyond that lies an error
         new = grow_masks(net, s, masks, scope=scope, floor=floor)
         if masks is not None:
             assert all(not (new[name] & ~masks[name]).any() for name in masks)
@@ -419,6 +420,88 @@ def test_dropout_rule_over_rounds():
         train(dropout_net(), [DropoutRule({"3": "1.bias.x"})])
 
 
+class RunsLast(nn.Module):
+    "A dropout layer that is defined after the last layer and runs before it."
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.drop = nn.Linear(16, 20), nn.Linear(20, 3), nn.Dropout(0.4)
+    def forward(self, x): return self.last(self.drop(torch.relu(self.first(x.flatten(1)))))
+
+
+def test_dropout_rule_never_does_nothing_unasked():
+    assert dropout_feeds(RunsLast()) == {}
+    with pytest.raises(ValueError, match="behind the dropout layer drop; say in `feeds`"):
+        train(RunsLast(), [DropoutRule()])
+    net = RunsLast()
+    train(net, [Pruner(0.75, schedule="one-shot"), DropoutRule({"drop": "last.weight"})])
+    assert net.drop.p == pytest.approx(0.2)
+
+
+def test_a_dropout_rule_belongs_to_one_model():
+    net, rule = dropout_net(), DropoutRule()
+    train(net, [rule], epochs=1)
+    train(net, [rule], epochs=1)
+    for other in (dropout_net(1), RunsLast()):
+        with pytest.raises(ValueError, match="another model|behind the dropout"):
+            train(other, [rule], epochs=1)
+    twin, its_rule = copy.deepcopy((net, rule))
+    train(twin, [Pruner(0.75, schedule="one-shot"), its_rule], epochs=1)
+    assert twin[3].p == pytest.approx(0.2) and net[3].p == 0.4
+
+
+def test_rounds_with_the_dropout_rule():
+    seen = []
+
+    class Look(Callback):
+        def after_step(self, run): seen.append((run.model[3].p, run.model[6].p))
+
+    options = dict(epochs=1, batch_size=16, progress=False)
+    net, by_hand, rule = dropout_net(), dropout_net(), DropoutRule()
+    for _ in range(2):  # a second call starts from the first rates again
+        seen.clear()
+        iterative_prune(net, toy_data(), [0.5, 0.75], dropout_rule=True, callbacks=[Look()], **options)
+        assert seen[-1] == pytest.approx((0.2, 0.2 * math.sqrt(8 / 30))) and (net[3].p, net[6].p) == (0.4, 0.2)
+    net = dropout_net()
+    iterative_prune(net, toy_data(), [0.5, 0.75], dropout_rule=True, **options)
+    iterative_prune(by_hand, toy_data(), [0.5, 0.75], callbacks=[rule], **options)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), by_hand.parameters()))
+    with pytest.raises(KeyboardInterrupt):
+        iterative_prune(net, toy_data(), [0.5, 0.75], dropout_rule=True, callbacks=[Stop(0)], **options)
+    assert (net[3].p, net[6].p) == (0.4, 0.2)  # put back after an interrupt as well
+
+
+# --- what is checked before the first round, and tied weights ---
+
+
+@pytest.mark.parametrize("steps, told", [
+    ([0.5, 50], "must lie in"), ([0.5, "0.9"], "must lie in"), ([0.5, 0.4], "round 2 takes 0.weight from 0.5 to 0.4"),
+    ([{"4.weight": 0.9}, 0.5], "takes 4.weight from 0.9 to 0.5"),
+    ([0.5, {"zz": 0.9}], "zz is not a parameter"), ([0.5, 0.9999], "leaves less than the floor"),
+])
+def test_all_rounds_are_checked_before_the_first(steps, told, tmp_path):
+    net = toy_net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=told):
+        iterative_prune(net, toy_data(), steps, epochs=1, progress=False, checkpoint=tmp_path / "rounds")
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items()) and not (tmp_path / "rounds").exists()
+
+
+def test_tied_weights_have_one_mask_and_count_once():
+    def tied():
+        seed_everything(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+        net[2].weight = net[1].weight
+        return net
+
+    with pytest.raises(ValueError, match="2.weight and 1.weight are one tensor"):
+        grow_masks(tied(), {"1.weight": 0.5, "2.weight": 0.9})
+    with pytest.raises(ValueError, match="1.weight and 2.weight are one tensor"):
+        grow_masks(tied(), 0.9, grow_masks(tied(), {"2.weight": 0.5}))
+    net = tied()
+    masks, rounds = iterative_prune(net, toy_data(), [{"2.weight": 0.5}], epochs=1, progress=False)
+    assert list(masks) == ["2.weight"] and rounds[0]["sparsity"] == pytest.approx(128 / (256 + 48))
+
+
 # --- batch normalisation ---
 
 
@@ -448,7 +531,14 @@ def test_recalibration_that_fails_changes_nothing():
     net, data = toy_net(), toy_data()
     train(net, [], epochs=1)
     before = copy.deepcopy(net.state_dict())
-    for bad in ([], [(torch.randn(2, 3, 4, 4), None)]):
+    class Broken(RuntimeError): ...
+
+    def breaks():
+        yield torch.randn(8, 1, 4, 4) + 9, None
+        raise Broken
+
+    good = (torch.randn(8, 1, 4, 4) + 9, None)
+    for bad in ([], [(torch.randn(2, 3, 4, 4), None)], [good, (torch.randn(2, 3, 4, 4), None)], breaks()):
         with pytest.raises((ValueError, RuntimeError)):
             recalibrate_batch_norm(net, bad)
         assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items()) and net[1].momentum == 0.1
@@ -457,7 +547,34 @@ def test_recalibration_that_fails_changes_nothing():
     assert recalibrate_batch_norm(no_stats, data) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_recalibration_takes_images_of_another_type(dtype):
+    net, data = toy_net(), toy_data()
+    twin = copy.deepcopy(net).to(dtype)
+    assert recalibrate_batch_norm(net, data, batch_size=96) == recalibrate_batch_norm(twin, data, batch_size=96) == 1
+    torch.testing.assert_close(twin[1].running_var.float(), net[1].running_var, rtol=0.05, atol=0.01)
+
+
 # --- scans of any model ---
+
+
+def test_a_scan_needs_the_whole_network_as_its_reference():
+    net = toy_net()
+    scan = sensitivity_scan(net, toy_data(), (0.5, 0.9))
+    with pytest.raises(ValueError, match="the scan of 0.weight begins at sparsity 0.5; it needs a row at 0"):
+        suggest_sparsities(scan)
+    with pytest.raises(ValueError, match="begins at sparsity 0.5"):
+        scan_qualities(net, toy_data(), sparsities=(0.5, 0.9))
+
+
+def test_thresholds_from_one_call():
+    net = toy_net()
+    train(net, [])
+    scan = sensitivity_scan(net, toy_data(), (0.0, 0.3, 0.6), names=["4.weight", "6.weight"])
+    found = scan_qualities(net, toy_data(), 0.2, sparsities=(0.0, 0.3, 0.6), names=["4.weight", "6.weight"])
+    assert found == suggest_qualities(net, suggest_sparsities(scan, 0.2))
+    for name, mask in (std_threshold_masks(net, found) if found else {}).items():
+        assert int((~mask).sum()) == round(suggest_sparsities(scan, 0.2)[name] * mask.numel())
 
 
 @pytest.mark.parametrize("name", [n for n in model_names() if n.startswith("lenet") or n == "minivgg"])
@@ -529,7 +646,12 @@ def test_experiments(tmp_path, name):
     (lambda net: sensitivity_scan(net, toy_data(), names=["zz"]), "not a parameter of the model: zz"),
     (lambda net: grow_masks(net, 0.5, {"zz": torch.ones(2, 2, dtype=torch.bool)}), "zz is not a parameter"),
     (lambda net: grow_masks(net, 0.5, {"4.weight": torch.ones(2, 2, dtype=torch.bool)}), "4.weight has shape"),
-    (lambda net: grow_masks(net, 0.99, scope="layer", floor=0.0), "removes all"),
+    (lambda net: grow_masks(net, 0.99, scope="layer", floor=0.0), "dropping 36 of 36 entries removes all 36 entries of 0.weight"),
+    (lambda net: grow_masks(net, 0.999, scope="global", floor=0.0), "over all tensors removes all"),
+    (lambda net: grow_masks(net, True), "sparsity of 0.weight must lie in"),
+    (lambda net: Pruner(True), "sparsity must lie in"),
+    (lambda net: train(net, [DropoutRule()]), "the model has no dropout layer"),
+    (lambda net: train(nn.Sequential(*net, nn.Dropout(0.1)), [DropoutRule()]), "no weight is defined behind the dropout layer 7"),
     (lambda net: train(net, [DropoutRule({"zz": "4.weight"})]), "not a dropout layer of the model: zz"),
 ])
 def test_what_does_not_fit_the_model(call, told):

@@ -1,12 +1,13 @@
 "Sharing weights on any module: names, zeros, ties, dtypes, gradients, and the way back to plain tensors."
 import copy
+import dataclasses
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from toys import Stop, toy_data, toy_net
 
 from nncomp.core import named_weights
@@ -289,9 +290,136 @@ def test_other_dtypes(dtype):
     share_weights(net, 3, trainable=True)
     weight = net[4].weight
     weight.float().square().sum().backward()
-    assert net[4].parametrizations["weight"].original.grad.dtype == dtype
+    assert net[4].parametrizations["weight"].original.grad.dtype == torch.promote_types(dtype, torch.float32)
     finalize_sharing(net)
     assert net[4].weight.dtype == dtype and torch.equal(net[4].weight == 0, zeros) and len(net[4].weight.detach().unique()) <= 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("moving", [False, True])
+def test_shared_values_of_half_precision_train(dtype, moving):
+    "Steps of a thousandth would be lost to rounding in half precision."
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32, bias=False)
+    with torch.no_grad():
+        layer.weight[layer.weight.abs() < 0.02] = 0
+    layer.to(dtype)
+    before = share_weights(layer, 2, trainable=True, moving=moving)["weight"]
+    optimizer = torch.optim.SGD(layer.parameters(), 1e-7)
+    for _ in range(30):
+        optimizer.zero_grad()
+        weight = layer.weight
+        assert weight.dtype == dtype and layer(torch.ones(1, 64, dtype=dtype)).dtype == dtype
+        weight.float().sum().backward()
+        optimizer.step()
+    after = finalize_sharing(layer)["weight"]
+    assert layer.weight.dtype == after.dtype == dtype and len(after) == len(before) == 4
+    assert int((after != before).sum()) == 3 and (after == 0).any()
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_shared_model_changes_its_type_as_a_whole(moving):
+    net = small_net()
+    share_weights(net, 2, trainable=True, moving=moving)
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        net.to(dtype)
+        assert net(torch.randn(2, 1, 6, 6, dtype=dtype)).dtype == net[4].weight.dtype == dtype
+    finalize_sharing(net)
+    assert all(len(w.detach().unique()) <= 4 for w in named_weights(net).values())
+
+
+def test_weights_that_move():
+    net = small_net()
+    net[4].weight.requires_grad_(False)
+    zeros, order = {n: w == 0 for n, w in named_weights(net).items()}, list(net.state_dict())
+    net = copy.deepcopy(net)
+    start = share_weights(net, 2, trainable=True, moving=True)
+    labels = {n: torch.bucketize(net.get_submodule(n[0]).weight.detach(), start[n]) for n in start}
+    frozen = net[4].weight.detach().clone()
+    with torch.no_grad():
+        net[4].parametrizations["weight"][0].values.requires_grad_(False)
+    train(net, steps=40)
+    other = small_net(1)
+    share_weights(other, 2, trainable=True, moving=True)
+    other.load_state_dict(net.state_dict())
+    x = torch.randn(3, 1, 6, 6)
+    assert torch.equal(net.eval()(x), other.eval()(x))
+    final = finalize_sharing(net)
+    assert list(final) == list(start) and list(net.state_dict()) == order
+    assert all(len(v) <= 4 for v in final.values()) and all((zeros[n] <= (w == 0)).all() for n, w in named_weights(net).items())
+    assert not torch.equal(torch.bucketize(net[0].weight.detach(), final["0.weight"]), labels["0.weight"])
+    assert torch.equal(net[4].weight, frozen) and not net[4].weight.requires_grad
+
+
+def test_moving_weights_may_be_tied():
+    net = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    net[1].weight = net[0].weight
+    share_weights(net, 2, trainable=True, moving=True)
+    assert len(list(net.parameters())) == 4                                       # two biases, the weights' own numbers, their values
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net(torch.ones(2, 5)).square().sum().backward()
+    optimizer.step()
+    finalize_sharing(net)
+    assert net[0].weight is net[1].weight and len(net[0].weight.detach().unique()) <= 4
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable": True, "keep_zero": False}, {"trainable": True, "lam": 0.1}])
+def test_moving_excludes_other_options(options):
+    with pytest.raises(ValueError, match="moving needs trainable=True and keep_zero=True, and no price lam"):
+        share_weights(small_net(), 2, moving=True, **options)
+
+
+@pytest.mark.parametrize("wrap, name", [
+    (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original0"),
+    (nn.utils.parametrizations.spectral_norm, "parametrizations.weight.original"),
+    (nn.utils.spectral_norm, "weight_orig"), (lambda layer: prune.random_unstructured(layer, "weight", 0.5), "weight_orig"),
+])
+def test_tensors_that_are_computed_from_others_are_named(wrap, name):
+    net = nn.Sequential(wrap(nn.Linear(4, 4)), nn.Linear(4, 4))
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for bits in (2, {n: 2 for n in before if n.startswith("0.") and "weight" in n}):
+        with pytest.raises(ValueError, match=rf"^0.weight is computed from 0.{name}.*finalize_sharing"):
+            share_weights(net, bits)
+    assert all(torch.equal(before[n], p) for n, p in net.named_parameters())
+    for trainable in (False, True):
+        assert list(share_weights(net, {"1.weight": 2}, trainable=trainable)) == ["1.weight"]
+        net(torch.ones(2, 4)).sum().backward()
+    finalize_sharing(net)
+    assert len(net[1].weight.detach().unique()) <= 4 and [n for n, _ in net.named_parameters()] == list(before)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: SharedWeight(torch.tensor([1.0, float("nan")]), torch.tensor([0, 1])), "codebook holds 1 NaN"),
+    (lambda: SharedWeight(torch.tensor([1, 2]), torch.tensor([0, 1])), "codebook must be floating with one axis, got torch.int64"),
+    (lambda: SharedWeight(torch.tensor([1.0, 2.0]), torch.tensor([0, 2])), "assignments must lie in 0…1, got 0…2"),
+    (lambda: SharedWeight(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])), "assignments must be integers"),
+    (lambda: share_weights(nn.Linear(2, 2).state_dict(), 2), "model must be an nn.Module, got OrderedDict"),
+    (lambda: symbol_bits(torch.tensor([0]).numpy(), 1), "assignments must be a tensor, got ndarray"),
+    (lambda: entropy_constrained(torch.ones(3).numpy(), 2, 0.1), "values must be a tensor, got ndarray"),
+    (lambda: rate_distortion_assign(torch.ones(3).numpy(), torch.ones(2), torch.ones(2), 0.1), "values must be a tensor, got ndarray"),
+    (lambda: Reassign({"w": torch.tensor([float("nan")])}), "w holds 1 NaN"),
+])
+def test_what_is_no_model_codebook_or_tensor_is_refused(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"values": torch.tensor([1.0, float("inf")])}, "values holds 1 NaN or infinite value of 2"),
+    ({"values": torch.tensor([1, 2])}, "values must be floating, got torch.int64"),
+    ({"codebook": torch.tensor([1.0, float("nan")])}, "codebook holds 1 NaN"),
+    ({"rates": torch.tensor([1.0, -1.0])}, "rates must be at least 0, and one of them finite, got [1.0, -1.0]"),
+    ({"rates": torch.tensor([1.0, float("nan")])}, "rates must be at least 0"),
+    ({"rates": torch.full((2,), float("inf"))}, "rates must be at least 0, and one of them finite"),
+    ({"importance": torch.tensor([1.0, float("nan")])}, "importance holds 1 NaN"),
+    ({"importance": torch.tensor([1.0, -2.0])}, "importance must be at least 0, got -2.0"),
+])
+def test_assignment_refuses_what_has_no_cost(change, message):
+    arguments = {"values": torch.tensor([0.5, 1.5]), "codebook": torch.tensor([1.0, 2.0]), "rates": torch.ones(2), "lam": 0.1} | change
+    with pytest.raises(ValueError) as error:
+        rate_distortion_assign(**arguments)
+    assert message in str(error.value)
 
 
 def test_frozen_parameters_stay_frozen():
@@ -368,7 +496,7 @@ def test_compiled_and_plain_paths_agree():
         got, = torch.autograd.grad(weight, entry, gradient.to(kept.dtype))
         assert torch.equal(weight, kept[assignments])
         expected = torch.stack([gradient.to(kept.dtype).double()[assignments == j].sum() for j in range(9) if kept[j] != 0])
-        torch.testing.assert_close(got, expected.to(kept.dtype), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("labels, places, message", [
@@ -431,7 +559,7 @@ def test_the_compiled_search_is_the_formula_to_the_bit(seed, k, n):
     torch.manual_seed(seed)
     weight, codebook, h = torch.randn(n), torch.randn(k).round(decimals=1), torch.rand(n)
     codebook[codebook == 0] = 1.0
-    rates = torch.rand(k).masked_fill(torch.rand(k) < 0.2, float("inf"))
+    rates = torch.rand(k).masked_fill((torch.rand(k) < 0.2) & (torch.arange(k) > 0), float("inf"))
     cost = h.double()[:, None] * (weight.double()[:, None] - codebook.double()).square() + 0.1 * rates.double()
     assert torch.equal(rate_distortion_assign(weight, codebook, rates, 0.1, importance=h), cost.argmin(1))
 
@@ -554,6 +682,29 @@ def test_importance_is_that_of_the_loss():
                 net[1].weight[i, j] -= 1e-2
     assert abs(float(h.sum() / rise.sum()) - 1) < 0.1
     assert float(torch.corrcoef(torch.stack([h.flatten(), rise.flatten()]))[0, 1]) > 0.6
+
+
+def test_importance_of_frozen_unused_and_half_precision_tensors():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.idle = toy_net(), nn.Linear(3, 3)
+
+        def forward(self, x): return self.net(x)
+
+    model, data = Idle(), toy_data()
+    expected = weight_importance(model, data, images=40)
+    assert not expected["idle.weight"].any() and expected["net.4.weight"].any()
+    model.net[4].weight.requires_grad_(False)
+    found = weight_importance(model, data, images=40)
+    assert all(torch.equal(found[n], h) for n, h in expected.items()) and not model.net[4].weight.requires_grad
+    half = copy.deepcopy(model).bfloat16()
+    images = dataclasses.replace(data, train=dataclasses.replace(data.train, x=data.train.x.bfloat16()))
+    assert {h.dtype for h in weight_importance(half, images, images=40).values()} == {torch.float32}
+    with torch.no_grad():
+        model.net[4].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="net.4.weight holds 1 NaN"):
+        weight_importance(model, data)
 
 
 @settings(max_examples=50, deadline=None)

@@ -376,12 +376,16 @@ def seeds(target):
     planes = [(rng.integers(0, k, shape) * (rng.random(shape) < density), k) for k, shape, density in grids]
     if target == "arithmetic":
         yield from (arithmetic.encode(x.astype(np.uint8 if k < 257 else np.uint16)) for x, k in planes)
+        for x, k in planes:  # by a table
+            flat = x.ravel().astype(np.uint8 if k < 257 else np.uint16)
+            yield b"".join(map(write_varint, (flat.itemsize, k, 1, x.ndim, *x.shape))) + b"\2" + arithmetic._write_by_table(flat, k)
     if target == "indices":
         for x, k in planes:
             for zero in (0, -1):
                 flat = x.ravel().astype(np.uint8 if k < 257 else np.uint16)
                 message = arithmetic.encode_indices(flat, k, shape=x.shape, zero=zero)
                 yield struct.pack("<BHH", x.ndim, k, zero + 1) + bytes(x.shape) + message
+                yield struct.pack("<BHH", x.ndim, k, zero + 1) + bytes(x.shape) + b"\2" + arithmetic._write_by_table(flat, k)
     if target == "blocks":
         with small_blocks():
             large = [torch.arange(300).reshape(20, 15) % 7, torch.eye(20), torch.randn(5, 70), torch.ones(100), *states.values()]
