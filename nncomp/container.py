@@ -494,7 +494,7 @@ def _reach(gaps, filler):
     for i in range(gaps.size):
         gap = np.int64(gaps[i])
         entries, values, widest = entries + gap, values + (gap < filler), max(widest, gap)
-    return values, -1 if widest > filler or gaps.size and gaps[-1] >= filler else entries + values
+    return values, -1 if widest > filler or gaps.size and gaps[gaps.size - 1] >= filler else entries + values
 
 
 @njit(cache=True, nogil=True)
