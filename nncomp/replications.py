@@ -29,7 +29,7 @@ from .container import load, save
 from .core import atomic_path, check_int, count_nonzero, named_weights, require, seed_everything
 from .data import Data, Split, load_data
 from .deep_compression import images_by_channel
-from .models import create_model, model_input_shape, register_model
+from .models import create_model, model_input_shape, model_names, register_model
 from .pruning import MaskCallback, apply_masks_, std_threshold_mask, threshold_mask
 from .results import Record, experiment, find_experiment, load_records, mean_sd, paired_interval
 from .schedules import Pruner
@@ -68,7 +68,9 @@ def report003_net(
     return nn.Sequential(OrderedDict(pixels=FromPixels(), **dict(net.named_children())))
 
 
-for _name in ("lenet-300-100", "lenet-5-same"): register_model(f"report003-{_name}", partial(report003_net, name=_name), model_input_shape(_name))
+for _name in ("lenet-300-100", "lenet-5-same"):
+    if f"report003-{_name}" not in model_names():     # this cell may run beside the module that it exports
+        register_model(f"report003-{_name}", partial(report003_net, name=_name), model_input_shape(_name))
 
 # %% ../nbs/45_replications.ipynb #0a59aadd
 class CutBelow(MaskCallback):
