@@ -27,6 +27,11 @@ help:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+# CI installs a browser for tests/test_browser.py where it has none and may; elsewhere those tests skip without one.
+.venv/.browser: .venv/.installed
+	$(if $(CI),command -v chromium > /dev/null || command -v google-chrome > /dev/null || (apt-get update -qq && apt-get install -qq -y chromium) > /dev/null 2>&1 || echo "no browser could be installed")
+	touch $@
+
 .data/.unpacked: .venv/.installed
 	$(if $(BUNDLE),$(BIN)/python $(BUNDLE) .data > /dev/null,mkdir -p .data)
 	touch $@
@@ -34,7 +39,7 @@ help:
 demo: .venv/.installed $(if $(BUNDLE),.data/.unpacked)
 	$(BIN)/nncomp demo --force $(ARGS)
 
-test: .venv/.installed $(if $(BUNDLE),.data/.unpacked)
+test: .venv/.installed .venv/.browser $(if $(BUNDLE),.data/.unpacked)
 	$(BIN)/python -m pytest $(ARGS)
 
 slow: .venv/.installed $(if $(BUNDLE),.data/.unpacked)

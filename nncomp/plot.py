@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mpl', 'plt', 'COLOURS', 'MARKERS', 'DASHES', 'STYLE', 'contrast', 'use_style', 'weight_histogram', 'weight_cdf',
            'joint_plot', 'error_band', 'training_curves', 'weight_images', 'sensitivity_map', 'save_figure',
-           'figure_svg', 'Animation', 'animate', 'small_multiples']
+           'figure_svg', 'Animation', 'animate', 'Interactive', 'small_multiples']
 
 # %% ../nbs/05_plot.ipynb #45993e29
 import base64
@@ -388,6 +388,28 @@ def animate(
     size = len((result := Animation(tuple(pictures), alt, fps, hold)).html)
     if size > limit: raise ValueError(f"the animation takes {size:,} bytes, more than {limit:,}; use fewer frames or colours")
     return result
+
+# %% ../nbs/05_plot.ipynb #fa15b6b8
+@dataclass(frozen=True)
+class Interactive:
+    "An element of the site that `nbs/js/` brings to life; elsewhere a sentence."
+    kind: str                 # "temperature", "centroids", "huffman", "threshold" or "draw"
+    data: dict                # what the script needs: text, numbers, lists
+    alt: str                  # for readers who cannot see it
+    scripts: tuple[str, ...] = ("widgets.js",)  # files of `nbs/js/`, in this order
+    elsewhere: str = "On the book's site you can move this with the mouse or the keyboard."  # HTML, shown without the script
+
+    @property
+    def html(self) -> str:
+        "The element, its data and its scripts."
+        data = json.dumps(self.data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+        scripts = "".join(f'<script src="js/{html.escape(s)}"></script>' for s in self.scripts)
+        return (f'<div class="nncomp-interactive" data-widget="{html.escape(self.kind)}" role="group" aria-label="{html.escape(self.alt)}">'
+                f'<script type="application/json">{data}</script><p class="nncomp-elsewhere">{self.elsewhere}</p></div>{scripts}')
+
+    def _repr_html_(self) -> str: return self.html
+
+    def __repr__(self) -> str: return f"Interactive {self.kind}: {self.alt}"
 
 # %% ../nbs/05_plot.ipynb #bec21d61
 def small_multiples(

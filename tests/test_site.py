@@ -1,10 +1,7 @@
 "The website: built once without Quarto, then read as a reader without a network would meet it."
 import ast
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -12,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -24,40 +20,7 @@ import site_cells  # noqa: E402
 import site_check  # noqa: E402
 import site_pandoc  # noqa: E402
 import site_refs  # noqa: E402
-
-COPIED = ("nbs", "nncomp", "settings.ini", "setup.py", "_quarto.yml", "README.md", "results")
-
-
-def copy_repository(folder, notebooks=None):
-    "A copy of what the site is built from, with all the notebooks or only those named."
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copy(source, folder / name)
-    for path in (folder / "nbs").glob("*.ipynb"):
-        if notebooks is not None and path.name not in notebooks:
-            path.unlink()
-    return folder
-
-
-def run_build(folder):
-    "Build the copy in a process of its own."
-    command = [sys.executable, str(ROOT / "tools" / "build_site.py"), "--root", str(folder), "--renderer", "smalldocs"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    "The built site and what the build said on stderr; built once, whichever of the test processes comes first."
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            (folder / "stderr").write_text(run_build(copy_repository(folder)).stderr)
-    return folder / "_docs", (folder / "stderr").read_text()
+from conftest import copy_repository, run_build  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -169,6 +169,15 @@ def offline(out):
         (out / "sitemap.xml").write_text(re.sub(r"\s*<lastmod>.*?</lastmod>", "", text), encoding="utf-8")
 
 
+def accessible(out):
+    "Let the keyboard reach what scrolls or folds: boxes of code, and the headings of callouts."
+    press = "if(event.key==='Enter'||event.key===' '){this.click();event.preventDefault()}"
+    for path in sorted(out.rglob("*.html")):
+        text = re.sub(r"<pre(?![^>]*tabindex)", '<pre tabindex="0"', path.read_text(encoding="utf-8"))
+        folds = re.compile(r'<div(?=[^>]*data-bs-toggle="collapse")(?![^>]*\brole=)')
+        path.write_text(folds.sub(f'<div role="button" tabindex="0" onkeydown="{press}"', text), encoding="utf-8")
+
+
 def own_links(out, site_url):
     "Make nbdev's links to the API relative; a method without an entry of its own leads to its class."
     pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(out.glob("*.html"))}
@@ -212,7 +221,10 @@ def build(root, renderer, keep=False):
     out = root / "_docs"
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(folder / config["project"]["output-dir"], out)
+    if (root / "models").is_dir():
+        shutil.copytree(root / "models", out / "models")  # what the start page decodes, and readers download
     offline(out)
+    accessible(out)
     own_links(out, config["website"]["site-url"])
     if not keep:
         shutil.rmtree(folder)

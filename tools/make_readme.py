@@ -110,6 +110,9 @@ def shown(out, options, name, number, pictures):
         return f'<img src="{path}" alt="{html.escape(options.get("fig-alt", ""))}">' + caption(number, options.get("fig-cap"))
     if "<table" in text_of(data.get("text/html")):
         return markdown_table(text_of(data["text/html"])) + caption(number, options.get("tbl-cap"))
+    if "nncomp-interactive" in text_of(data.get("text/html")):
+        still = re.search(r'<img src="(?P<src>[^"]+)"[^>]*alt="(?P<alt>[^"]*)"', text_of(data["text/html"]))
+        return f'[<img src="nbs/{still["src"]}" alt="{still["alt"]}">]({site_address()}/)' if still else ""
     if "text/markdown" in data:
         return text_of(data["text/markdown"]).strip()
     text = text_of(out.get("text") or data.get("text/plain")).rstrip()
