@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['config_id', 'Experiment', 'experiment', 'discover', 'find_experiment', 'results_root', 'models_root', 'Record',
            'read_record', 'reproduce', 'shipped', 'load_records', 'Benchmark', 'load_benchmark', 'benchmark_table',
-           'check_results', 'mean_sd', 'paired_interval', 'Published', 'table', 'show_table']
+           'check_results', 'mean_sd', 'paired_interval', 'Published', 'table', 'show_table', 'record_index']
 
 # %% ../nbs/06_results.ipynb #96bf14a3
 import dataclasses
@@ -541,3 +541,24 @@ def show_table(
     aligned = [{"selector": "th, td", "props": "text-align: right"},
                {"selector": "th:first-child, td:first-child", "props": "text-align: left"}]
     return frame.style.hide(axis="index").set_uuid(name).set_table_styles(aligned)
+
+# %% ../nbs/06_results.ipynb #2fe910c1
+def _changed(config) -> str:
+    "The fields of a config that differ from their defaults, as text."
+    changed, = _plain(config, "config", changed=True).values()
+    return ", ".join(f"{k} = {v}" for k, v in changed.items()) or "defaults"
+
+
+def record_index(
+    root:str|os.PathLike|None=None,  # as for `results_root`
+) -> list[dict]:                     # chapter (its module), experiment, about, config, records (by seed), file (None where none is shipped)
+    "Every configuration of every registered experiment, by experiment, with the records that it has."
+    lines = []
+    for name in discover():
+        found, records, pair = find_experiment(name), load_records(name, root), shipped(name, root)
+        about = dict(chapter=found.run.__module__.rpartition(".")[2], experiment=name, about=(found.run.__doc__ or "").split(". `nncomp")[0].rstrip("."))
+        for config in found.configs:
+            mine = config_id(config, name)
+            file = pair[1] if pair and pair[0].id == mine and pair[1].is_file() else None
+            lines.append(about | dict(config=_changed(config), records=[r for r in records if r.id == mine], file=file))
+    return lines

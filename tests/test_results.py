@@ -579,12 +579,14 @@ def notebook_statements(path):
 def sliced(statements, at, known):
     "The statements that the cell at `at` needs, its own included; names in `known` come from elsewhere."
     cell = statements[at][0]
-    kept, needed = [], set()
-    for other, statement in reversed(statements[:at + 1]):
-        made, used = names_of(statement)
-        if other is cell or made & needed:
-            kept.append(statement)
-            needed = (needed - (made - used)) | (used - known)
+    kept, needed, later = [], set(), None
+    while needed != later:                                             # again, for functions that use what is defined below them
+        later, kept = needed, []
+        for other, statement in reversed(statements[:at + 1]):
+            made, used = names_of(statement)
+            if other is cell or made & needed:
+                kept.append(statement)
+                needed = needed | (used - known)
     return kept[::-1]
 
 
@@ -592,9 +594,7 @@ def record_cells():
     "Every saved cell of the book that shows committed records: (module, statements it needs, its outputs)."
     for path in sorted((REPOSITORY / "nbs").glob("*.ipynb")):
         module, statements = notebook_statements(path)
-        if not module:
-            continue
-        module = importlib.import_module(f"nncomp.{module}")
+        module = importlib.import_module(f"nncomp.{module or 'results'}")     # pages without a module of their own show records, too
         last = {id(cell): i for i, (cell, _) in enumerate(statements)}
         for i, (cell, _) in enumerate(statements):
             source = "".join(cell["source"])

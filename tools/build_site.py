@@ -221,8 +221,9 @@ def build(root, renderer, keep=False):
     out = root / "_docs"
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(folder / config["project"]["output-dir"], out)
-    if (root / "models").is_dir():
-        shutil.copytree(root / "models", out / "models")  # what the start page decodes, and readers download
+    for name in ("models", "results"):  # what the start page decodes, and readers download
+        if (root / name).is_dir():
+            shutil.copytree(root / name, out / name, ignore=shutil.ignore_patterns(".*"))
     offline(out)
     accessible(out)
     own_links(out, config["website"]["site-url"])
