@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED_SMALLEST', 'widen', 'sort_units', 'Smallest', 'narrow_net', 'prune_and_distill', 'share_and_distill',
            'run_smallest', 'smallest_lenet_300_100', 'SmallestLeNet5', 'smallest_lenet_5', 'smallest_table']
 
-# %% ../nbs/75_smallest.ipynb #c32e1e60
+# %% ../nbs/75_smallest.ipynb #1d69d64d
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from .container import load, save
 from .core import check_int, count_nonzero, named_weights, require, seed_everything
 from .data import Data, random_affine
 from .deep_compression import images_by_channel
-from .distillation import Course, distill, trained_teacher
+from .distillation import Course, cache_logits, distill, fixed_views, trained_teacher
 from .neurons import hidden_layers, remove_dead_neurons, remove_neurons
 from .pruning import MaskCallback
 from .replications import _images, _net, _spread
@@ -74,7 +74,7 @@ def sort_units(
         if layer.bias is not None: layer.bias.data.copy_(layer.bias.data[order])
     return ordered
 
-# %% ../nbs/75_smallest.ipynb #e73f1d40
+# %% ../nbs/75_smallest.ipynb #bc381a18
 @dataclass(frozen=True)
 class Smallest:
     "A narrow student, pruned while a teacher teaches it, its values trained at a few bits. The defaults are LeNet-300-100."
@@ -82,9 +82,11 @@ class Smallest:
     dataset:str = "mnist"          # a name of `load_data`
     units:tuple[tuple[str, int], ...] = (("fc1", 100), ("fc2", 40))  # of each hidden layer at the beginning
     teacher:Course = Course("lenet-5", epochs=12, lr=2e-3, augment="affine")
+    teachers:int = 1               # seed k learns from the teacher of seed k mod this
     temperature:float = 2.         # T of the distillation loss
     alpha:float = 0.7              # weight of the teacher's part
-    epochs:int = 100               # of the long run
+    views:int = 8                  # augmented copies of each training image, whose logits are cached
+    epochs:int = 12                # of the long run, over all views
     lr:float = 4e-3                # its highest learning rate
     batch_size:int = 256           # images a step, throughout
     weights:int = 2_600            # that are left of all layers together
@@ -92,7 +94,7 @@ class Smallest:
     end:float = 0.6                # where it ends
     every:int = 50                 # steps between two cuts
     score:str = "fisher"           # as in `Pruner`
-    plain_epochs:int = 15          # after it, without augmentation
+    plain_epochs:int = 15          # after it, on the images as they are
     plain_lr:float = 1e-3          # their highest learning rate
     bits:int = 3                   # at most 2**bits values for the weights of a layer, zero among them
     bias_bits:int = 3              # the same for its biases
@@ -101,7 +103,7 @@ class Smallest:
 
     def __post_init__(self):
         for name in ("bits", "bias_bits"): check_int(getattr(self, name), 1, 16, name)
-        for name in ("weights", "epochs", "plain_epochs", "share_epochs"): check_int(getattr(self, name), name != "plain_epochs", name=name)
+        for name in ("teachers", "views", "weights", "epochs", "plain_epochs", "share_epochs"): check_int(getattr(self, name), name != "plain_epochs", name=name)
 
 # %% ../nbs/75_smallest.ipynb #31293ed9
 def narrow_net(
@@ -114,7 +116,7 @@ def narrow_net(
     if strange: raise ValueError(f"{config.model} has no hidden layer {', '.join(strange)}; there are: {', '.join(hidden_layers(full))}")
     return remove_neurons(full, {name: torch.arange(n) for name, n in config.units})
 
-# %% ../nbs/75_smallest.ipynb #0edcb9a5
+# %% ../nbs/75_smallest.ipynb #8ee6a5a6
 def prune_and_distill(
     net:nn.Module,        # as from `narrow_net`; trained in place
     teacher:nn.Module,    # in evaluation mode
@@ -129,13 +131,14 @@ def prune_and_distill(
     if not 0 < config.weights < total: raise ValueError(f"weights must lie between 1 and {total - 1:,}, all that the narrow network has, got {config.weights}")
     options = dict(temperature=config.temperature, alpha=config.alpha, batch_size=config.batch_size, channels_last=images_by_channel(net), seed=seed) | options
     pruner = Pruner(1 - config.weights / total, begin=config.begin, end=config.end, every=config.every, scope="global", floor=0.001, score=config.score)
-    distill(net, teacher, data, epochs=config.epochs, lr=config.lr, augment=random_affine, callbacks=[pruner], checkpoint=folder / "pruned.pt", title="pruning", **options)
+    views = fixed_views(data, random_affine, config.views, seed=seed)
+    distill(net, cache_logits(teacher, views.train), views, epochs=config.epochs, lr=config.lr, callbacks=[pruner], checkpoint=folder / "pruned.pt", title="pruning", **options)
     net = remove_dead_neurons(net)
     held = MaskCallback({name: w != 0 for name, w in named_weights(net).items()})
-    distill(net, teacher, data, epochs=config.plain_epochs, lr=config.plain_lr, callbacks=[held], checkpoint=folder / "plain.pt", title="plain images", **options)
+    distill(net, cache_logits(teacher, data.train), data, epochs=config.plain_epochs, lr=config.plain_lr, callbacks=[held], checkpoint=folder / "plain.pt", title="plain images", **options)
     return net
 
-# %% ../nbs/75_smallest.ipynb #7ba75554
+# %% ../nbs/75_smallest.ipynb #efdc3b7d
 def share_and_distill(
     net:nn.Module,        # pruned; its tensors are shared in place
     teacher:nn.Module,    # in evaluation mode
@@ -149,12 +152,12 @@ def share_and_distill(
     weights = named_weights(net)
     bits = {name: config.bits if name in weights else config.bias_bits for name, _ in net.named_parameters()}
     share_weights(net, bits, trainable=True, moving=True)
-    distill(net, teacher, data, epochs=config.share_epochs, lr=config.share_lr, temperature=config.temperature, alpha=config.alpha, batch_size=config.batch_size,
+    distill(net, cache_logits(teacher, data.train), data, epochs=config.share_epochs, lr=config.share_lr, temperature=config.temperature, alpha=config.alpha, batch_size=config.batch_size,
             channels_last=images_by_channel(net), seed=seed, checkpoint=folder / "shared.pt", title="values", **options)
     finalize_sharing(net)
     return net
 
-# %% ../nbs/75_smallest.ipynb #71a74b5c
+# %% ../nbs/75_smallest.ipynb #1cbad13a
 def run_smallest(
     config:Smallest,      # what to do
     seed:int,             # of everything random
@@ -167,7 +170,7 @@ def run_smallest(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data, options = _images(config.dataset, config.model), dict(device="cpu", progress=progress)
-    teacher = trained_teacher(config.teacher, data, seed, teachers or folder, **options)
+    teacher = trained_teacher(config.teacher, data, seed % config.teachers, teachers or folder, **options)
     seed_everything(seed)
     net = prune_and_distill(narrow_net(config, data), teacher, data, config, seed, folder, **options)
     pruned = evaluate(net, data.valid).error_percent
@@ -180,7 +183,7 @@ def run_smallest(
                 pruned_valid_error_percent=pruned, valid_error_percent=evaluate(full, data.valid).error_percent, teacher_valid_error_percent=evaluate(teacher, data.valid).error_percent,
                 left={name: count_nonzero([w]) for name, w in named_weights(full).items()}, units=hidden_layers(net), artefact=folder / "smallest.nncomp")
 
-# %% ../nbs/75_smallest.ipynb #bdcd2d4a
+# %% ../nbs/75_smallest.ipynb #99ce4606
 def _teachers(folder): return folder.parents[2] / "teachers"  # beside the folders of the experiments
 
 
@@ -195,7 +198,7 @@ class SmallestLeNet5(Smallest):
     "The same for Caffe's LeNet-5."
     model:str = "lenet-5"
     units:tuple[tuple[str, int], ...] = (("conv1", 8), ("conv2", 16), ("fc1", 40))
-    epochs:int = 60
+    epochs:int = 8
     weights:int = 1_300
     end:float = 0.5
 

@@ -170,10 +170,11 @@ def offline(out):
 
 
 def accessible(out):
-    "Let the keyboard reach what scrolls or folds: boxes of code, and the headings of callouts."
+    "Let the keyboard reach what scrolls or folds: boxes of code, formulas, and the headings of callouts."
     press = "if(event.key==='Enter'||event.key===' '){this.click();event.preventDefault()}"
     for path in sorted(out.rglob("*.html")):
         text = re.sub(r"<pre(?![^>]*tabindex)", '<pre tabindex="0"', path.read_text(encoding="utf-8"))
+        text = re.sub(r'<p>(?=\s*<math display="block")', '<p tabindex="0">', text)
         folds = re.compile(r'<div(?=[^>]*data-bs-toggle="collapse")(?![^>]*\brole=)')
         path.write_text(folds.sub(f'<div role="button" tabindex="0" onkeydown="{press}"', text), encoding="utf-8")
 
