@@ -18,7 +18,7 @@ from .container import load, save
 from .core import check_int, count_nonzero, named_weights, require, seed_everything
 from .data import Data, random_affine
 from .deep_compression import images_by_channel
-from .distillation import Course, cache_logits, distill, fixed_views, trained_teacher
+from .distillation import Course, _teachers, cache_logits, distill, fixed_views, trained_teacher
 from .neurons import hidden_layers, remove_dead_neurons, remove_neurons
 from .pruning import MaskCallback
 from .replications import _images, _net, _spread
@@ -184,9 +184,6 @@ def run_smallest(
                 left={name: count_nonzero([w]) for name, w in named_weights(full).items()}, units=hidden_layers(net), artefact=folder / "smallest.nncomp")
 
 # %% ../nbs/75_smallest.ipynb #99ce4606
-def _teachers(folder): return folder.parents[2] / "teachers"  # beside the folders of the experiments
-
-
 @experiment("smallest-lenet-300-100")
 def smallest_lenet_300_100(config:Smallest, seed:int, folder:Path) -> dict:
     "LeNet-300-100 in as few bytes as this book can. `nncomp reproduce smallest-lenet-300-100`; about fifteen minutes a seed on one CPU core."

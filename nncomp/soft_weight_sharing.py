@@ -531,6 +531,15 @@ SOFT_LENET_5 = SoftRun(model="lenet-5", epochs=4, recipe=SoftRecipe(tau=8e-7, ep
 SOFT_ULLRICH = SoftRun(model="lenet-ullrich", epochs=4, recipe=SoftRecipe(tau=6e-7, epochs=12, lr_log_vars=1.5e-3))
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #7fd84b4b
+def _dense(config, data, seed, folder, device, progress):
+    "The network of a configuration, trained from its seed; taken up from its checkpoint."
+    seed_everything(seed)
+    model = _net(config.model, data).to(device)
+    fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=seed, device=device,
+        channels_last=images_by_channel(model), checkpoint=folder / "dense.pt", title="training", progress=progress)
+    return model
+
+
 def run_soft(
     config:SoftRun,       # what to do
     seed:int,             # initial weights and order of the images
@@ -542,10 +551,7 @@ def run_soft(
     folder, device = Path(folder), default_device()
     folder.mkdir(parents=True, exist_ok=True)
     data = _images(config.dataset, config.model, device)
-    seed_everything(seed)
-    model = _net(config.model, data).to(device)
-    fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=seed, device=device,
-        channels_last=images_by_channel(model), checkpoint=folder / "dense.pt", title="training", progress=progress)
+    model = _dense(config, data, seed, folder, device, progress)
     report = soft_compress(model, data, config.recipe, path=folder / "model.nncomp", folder=folder, augment=config.augment(), seed=seed, device=device, progress=progress)
     loaded = load(report.path, into=_net(config.model, data).to(device))
     states = dict(dense=model, soft=report.soft, quantized=report.quantized, file=loaded)
@@ -659,10 +665,7 @@ def run_soft_curve(
     folder, device = Path(folder), default_device()
     folder.mkdir(parents=True, exist_ok=True)
     data = _images(config.dataset, config.model, device)
-    seed_everything(seed)
-    dense = _net(config.model, data).to(device)
-    fit(dense, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=seed, device=device, channels_last=images_by_channel(dense),
-        checkpoint=folder / "dense.pt", title="training", progress=progress)
+    dense = _dense(config, data, seed, folder, device, progress)
     plan, arms = {f"soft-{t:g}": t for t in config.taus} | {f"kmeans-{s:g}": s for s in config.sparsities}, {}
     for name, amount in tqdm(plan.items(), desc="compressing", disable=not progress):
         arms[name] = _remembered(folder / f"{name}.json", lambda: _curve_arm(dense, data, config, name, amount, seed, folder, device))

@@ -16,8 +16,8 @@ from nncomp.neurons import hidden_layers, remove_neurons
 from nncomp.smallest import Smallest, SmallestLeNet5, narrow_net, run_smallest, smallest_table, sort_units, widen
 from nncomp.training import evaluate
 
-SMALL = Smallest(dataset="digits", units=(("fc1", 12), ("fc2", 8)), teacher=Course("lenet-300-100", epochs=2), views=2, epochs=2, batch_size=128,
-                 weights=300, every=5, plain_epochs=1, share_epochs=2)
+SMALL = Smallest(dataset="digits", units=(("fc1", 12), ("fc2", 8)), teacher=Course("lenet-300-100", epochs=2), views=2, epochs=2,
+                 batch_size=128, weights=300, every=5, plain_epochs=1, share_epochs=2)
 
 
 def sequence(channels, kernel, hidden, seed):
