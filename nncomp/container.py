@@ -886,13 +886,19 @@ def _plain_names(names:Iterable[str]) -> dict[str, str]:
     return plain
 
 
+def _holds(wide:torch.dtype, narrow:torch.dtype) -> bool:
+    "Is every number of type `narrow` one of type `wide`?"
+    floats = wide in (torch.float32, torch.float64) and narrow.is_floating_point
+    return wide == narrow or floats and torch.finfo(wide).bits > torch.finfo(narrow).bits
+
+
 def _misfits(tensors:dict[str, Tensor], state:dict[str, Tensor], ours:dict[str, str], theirs:dict[str, str]) -> list[str]:
     "What does not fit, a phrase each: missing, unexpected and different tensors."
     missing, unexpected = [n for n in theirs if n not in ours], [n for n in ours if n not in theirs]
     wrong = []
     for name in ours.keys() & theirs.keys():
         a, b = tensors[ours[name]], state[theirs[name]]
-        if not isinstance(b, Tensor) or (a.shape, a.dtype) != (b.shape, b.dtype):
+        if not isinstance(b, Tensor) or a.shape != b.shape or not _holds(b.dtype, a.dtype):
             wrong.append(f"{name} ({tuple(a.shape)} {a.dtype} in the file, {tuple(getattr(b, 'shape', ()))} {getattr(b, 'dtype', type(b))} in the model)")
     groups = {"missing in the file": missing, "not in the model": unexpected, "different": sorted(wrong)}
     return [f"{label}: {', '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}" for label, found in groups.items() if found]
@@ -910,7 +916,7 @@ def _fill(model:nn.Module, tensors:dict[str, Tensor], path:str|os.PathLike) -> N
 # %% ../nbs/34_container.ipynb #2c5bdfa6
 def load(
     path:str|os.PathLike,           # a file that `save` wrote
-    into:nn.Module|None=None,       # a module to fill; its names, shapes and dtypes must be those of the file
+    into:nn.Module|None=None,       # a module to fill, of the same names and shapes, and of the same dtypes or floats that hold the file's exactly
     *,
     map_location:Any=None,          # device of the tensors; None = CPU
     max_expansion:float=EXPANSION,  # declared bytes for each byte of the file, at most (and 16 MiB)

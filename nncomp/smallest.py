@@ -89,7 +89,7 @@ class Smallest:
     epochs:int = 12                # of the long run, over all views
     lr:float = 4e-3                # its highest learning rate
     batch_size:int = 256           # images a step, throughout
-    weights:int = 2_600            # that are left of all layers together
+    weights:int = 2_400            # that are left of all layers together
     begin:float = 0.05             # where in the long run pruning begins
     end:float = 0.6                # where it ends
     every:int = 50                 # steps between two cuts
@@ -98,8 +98,8 @@ class Smallest:
     plain_lr:float = 1e-3          # their highest learning rate
     bits:int = 3                   # at most 2**bits values for the weights of a layer, zero among them
     bias_bits:int = 3              # the same for its biases
-    share_epochs:int = 30          # of training the values
-    share_lr:float = 1e-3          # their highest learning rate
+    share_epochs:int = 40          # of training the values
+    share_lr:float = 2e-3          # their highest learning rate
 
     def __post_init__(self):
         for name in ("bits", "bias_bits"): check_int(getattr(self, name), 1, 16, name)
@@ -166,7 +166,7 @@ def run_smallest(
     teachers:str|Path|None=None,  # where teachers are kept for other runs; None = in `folder`
     progress:bool=True,   # show bars
 ) -> dict:                # the metrics of the record
-    "Train the teacher, the student in three stages, and write the full network; the test set is read once, from the file."
+    "Train the teacher, the student in three stages, and write the full network in half precision; the test set is read once, by what the file gives."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data, options = _images(config.dataset, config.model), dict(device="cpu", progress=progress)
@@ -175,7 +175,7 @@ def run_smallest(
     net = prune_and_distill(narrow_net(config, data), teacher, data, config, seed, folder, **options)
     pruned = evaluate(net, data.valid).error_percent
     net = share_and_distill(net, teacher, data, config, seed, folder, **options)
-    save(widen(sort_units(net.cpu()), _net(config.model, data)), folder / "smallest.nncomp")
+    save(widen(sort_units(net.cpu()), _net(config.model, data)).half(), folder / "smallest.nncomp")
     full = load(folder / "smallest.nncomp", into=_net(config.model, data))
     result, size = evaluate(full, data.test), (folder / "smallest.nncomp").stat().st_size
     dense = 4 * sum(p.numel() for p in full.parameters())

@@ -189,7 +189,7 @@ class Moving(nn.Module):
     ) -> Tensor:           # same shape, of values
         "What the weights are."
         values, _ = self.values.where(self.live, 0.).sort()
-        near = torch.bucketize(weight.detach(), (values[1:] + values[:-1]).detach() / 2)
+        near = torch.bucketize(weight.detach().contiguous(), (values[1:] + values[:-1]).detach() / 2)
         rounded = values.index_select(0, near.flatten()).view(weight.shape)
         return torch.where(self.kept, rounded + (weight - weight.detach()), 0.).to(self.like.dtype)
 

@@ -289,7 +289,7 @@ def test_load_into(tmp_path):
     for other, words in (
         (net(6), ["different: 3.weight", r"\(2, 6\)"]),
         (net(bias=False), ["not in the model: 3.bias"]),
-        (net().double(), ["float64"]),
+        (net().half(), ["float16"]),
         (nn.Linear(2, 2), ["missing in the file: weight, bias", "and 1 more"]),
     ):
         before = {n: t.clone() for n, t in other.state_dict().items()}
@@ -297,6 +297,28 @@ def test_load_into(tmp_path):
             with pytest.raises(ValueError, match=word):
                 load(path, into=other)
         assert all(same(t, before[n]) for n, t in other.state_dict().items())
+
+
+@pytest.mark.parametrize("narrow, wide, fits", [
+    (torch.float16, torch.float32, True),
+    (torch.bfloat16, torch.float32, True),
+    (torch.bfloat16, torch.float64, True),
+    (torch.float32, torch.float64, True),
+    (torch.float16, torch.bfloat16, False),
+    (torch.bfloat16, torch.float16, False),
+    (torch.float64, torch.float32, False),
+    (torch.int8, torch.float32, False),
+])  # fmt: skip
+def test_load_into_wider_floats_only(tmp_path, narrow, wide, fits):
+    saved, target = nn.Module(), nn.Linear(3, 2, bias=False).to(wide)
+    saved.weight = nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3).to(narrow), requires_grad=False)
+    save(saved, tmp_path / "x.nncomp")
+    if fits:
+        assert load(tmp_path / "x.nncomp", into=target).weight.dtype == wide
+        assert same(target.weight.detach().to(narrow), saved.weight)
+    else:
+        with pytest.raises(ValueError, match=f"{narrow} in the file"):
+            load(tmp_path / "x.nncomp", into=target)
 
 
 class Compiled(nn.Module):
