@@ -201,6 +201,20 @@ def test_motion_waits_for_leave(visit):
     page.wait_for_function(f"!({still})().every(Boolean)", timeout=10_000)
 
 
+def test_a_figure_opens_and_closes(visit):
+    page = visit("pruning")
+    figure = page.locator("figure.nncomp-fig").first
+    small = figure.locator("img").bounding_box()
+    figure.get_by_role("button", name="Enlarge the figure").press("Enter")
+    large = page.get_by_role("dialog").locator("img")
+    assert large.bounding_box()["width"] > 1.2 * small["width"] and large.get_attribute("alt")
+    page.keyboard.press("Escape")
+    assert not page.get_by_role("dialog").is_visible()
+    figure.locator("img").click()
+    page.get_by_role("button", name="Close").click()
+    assert not page.get_by_role("dialog").is_visible()
+
+
 def test_without_scripts_the_still_picture_stays(browser, address):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()

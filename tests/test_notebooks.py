@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 IDS = [p.stem for p in NOTEBOOKS]
+CHAPTERS = [*NOTEBOOKS, ROOT / "tools" / "template.ipynb"]
 RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; sys.exit(not test_nb(Path(sys.argv[1]))[0])"
 
 
@@ -23,7 +24,7 @@ def exported(cell):
     return re.match(r"#\| ?exports?\b", cell.source) is not None
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+@pytest.mark.parametrize("path", CHAPTERS, ids=[*IDS, "template"])
 def test_runs(path):
     done = subprocess.run([sys.executable, "-c", RUN, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -42,7 +43,7 @@ def test_saved_outputs_are_whole(path):
         assert word not in text, f"{word!r} in the saved outputs"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)
+@pytest.mark.parametrize("path", CHAPTERS, ids=[*IDS, "template"])
 def test_chapter_form(path):
     nb = nbformat.read(path, 4)
     first = nb.cells[0]

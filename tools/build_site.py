@@ -23,7 +23,7 @@ from site_pandoc import MATHS, cite, mathml
 from site_refs import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("bibliography", "link-citations", "crossref", "execute", "html-math-method")  # done here, not by smalldocs
+OURS = ("bibliography", "link-citations", "crossref", "execute", "html-math-method", "lightbox")  # done here, not by smalldocs
 FONT = re.compile(r"""@import\s+(?:url\(\s*)?(["']?)https?://[^"')]*\1\)?;?""")
 REMOTE = re.compile(r'<(?:script|link(?=[^>]*rel="stylesheet"))\b[^>]*\s(?:href|src)="https?://[^"]*"[^>]*>(?:</script>)?\n?')
 
@@ -179,6 +179,14 @@ def accessible(out):
         path.write_text(folds.sub(f'<div role="button" tabindex="0" onkeydown="{press}"', text), encoding="utf-8")
 
 
+def enlargeable(out):
+    "Let a click show a figure at the full size of the window, as Quarto's `lightbox` does."
+    for path in sorted(out.glob("*.html")):
+        text = path.read_text(encoding="utf-8")
+        if "nncomp-fig" in text:
+            path.write_text(text.replace("</body>", '<script src="js/lightbox.js" defer></script>\n</body>'), encoding="utf-8")
+
+
 def own_links(out, site_url):
     "Make nbdev's links to the API relative; a method without an entry of its own leads to its class."
     pages = {path.name: path.read_text(encoding="utf-8") for path in sorted(out.glob("*.html"))}
@@ -219,6 +227,7 @@ def build(root, renderer, keep=False):
         resolve_for_smalldocs(folder, notebooks, labels, problems)
         render_smalldocs(folder, config, notebooks, problems)
         write_maths(folder / "_docs", problems)
+        enlargeable(folder / "_docs")
     out = root / "_docs"
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(folder / config["project"]["output-dir"], out)
