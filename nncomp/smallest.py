@@ -86,10 +86,10 @@ class Smallest:
     temperature:float = 2.         # T of the distillation loss
     alpha:float = 0.7              # weight of the teacher's part
     views:int = 8                  # augmented copies of each training image, whose logits are cached
-    epochs:int = 12                # of the long run, over all views
+    epochs:int = 16                # of the long run, over all views
     lr:float = 4e-3                # its highest learning rate
     batch_size:int = 256           # images a step, throughout
-    weights:int = 2_400            # that are left of all layers together
+    weights:int = 2_500            # that are left of all layers together
     begin:float = 0.05             # where in the long run pruning begins
     end:float = 0.6                # where it ends
     every:int = 50                 # steps between two cuts
@@ -186,7 +186,7 @@ def run_smallest(
 # %% ../nbs/75_smallest.ipynb #99ce4606
 @experiment("smallest-lenet-300-100")
 def smallest_lenet_300_100(config:Smallest, seed:int, folder:Path) -> dict:
-    "LeNet-300-100 in as few bytes as this book can. `nncomp reproduce smallest-lenet-300-100`; about fifteen minutes a seed on one CPU core."
+    "LeNet-300-100 in as few bytes as this book can. `nncomp reproduce smallest-lenet-300-100`; about ten minutes a seed on one CPU core."
     return run_smallest(config, seed, folder, teachers=_teachers(folder))
 
 
@@ -194,10 +194,10 @@ def smallest_lenet_300_100(config:Smallest, seed:int, folder:Path) -> dict:
 class SmallestLeNet5(Smallest):
     "The same for Caffe's LeNet-5."
     model:str = "lenet-5"
-    units:tuple[tuple[str, int], ...] = (("conv1", 8), ("conv2", 16), ("fc1", 40))
-    epochs:int = 8
-    weights:int = 1_300
-    end:float = 0.5
+    units:tuple[tuple[str, int], ...] = (("conv1", 8), ("conv2", 20), ("fc1", 32))
+    weights:int = 1_600
+    share_epochs:int = 30
+    share_lr:float = 1e-3
 
 
 @experiment("smallest-lenet-5")
