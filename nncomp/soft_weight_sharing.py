@@ -263,7 +263,7 @@ def _prior_weights(model, biases):
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #c520f646
 class SoftWeightSharing(nn.Module):
-    "A trainable mixture as prior over the weights of a model (Nowlan & Hinton 1992, §2; Ullrich et al. 2017, §3); call it with the model for the penalty."
+    "A trainable mixture as prior over the weights of a model (Nowlan & Hinton 1992, §2; Ullrich et al. 2017, §2 and §4.1); call it with the model for the penalty."
     def __init__(self,
         model:nn.Module,          # trained; sets the range of the means, and is not kept
         components:int=16,        # k, the zero component included; at least 2
@@ -382,7 +382,7 @@ def soft_quantize_(
     *,
     biases:bool=True,    # also the biases of layers that own a weight
 ) -> Tensor:             # (k,) int64: how many weights each component has taken
-    "Give each weight the mean of the component most responsible for it; component 0 gives exactly 0 (Ullrich et al. 2017, §3)."
+    "Give each weight the mean of the component most responsible for it; component 0 gives exactly 0 (Ullrich et al. 2017, §4.3)."
     now, counts = Mixture(*(t.detach().double() for t in mixture)), 0
     values = torch.cat([now.means.new_zeros(1), now.means[1:]])
     for name, p in _prior_weights(model, biases).items():

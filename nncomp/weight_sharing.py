@@ -615,5 +615,5 @@ def choose_bits(
     biases:bool=False,    # also the biases of layers that own a weight
     device:str|torch.device|None=None,     # where to evaluate, as in `evaluate`
 ) -> dict[str,int]:       # parameter name -> bits, for `share_weights`
-    "Bits for each tensor, by its sensitivity, under a budget of an ideal coder's bytes (after Choi, El-Khamy & Lee 2017, §3)."
+    "Bits for each tensor, by its sensitivity, under a budget of an ideal coder's bytes (after Choi, El-Khamy & Lee 2017, §4 and §5)."
     return fit_budget(sharing_costs(model, data, candidates=candidates, init=init, biases=biases, device=device), budget_bytes)
