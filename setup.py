@@ -1,8 +1,10 @@
 "Packaging: everything is read from settings.ini, which nbdev reads too."
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
@@ -12,6 +14,18 @@ cfg = config["DEFAULT"]
 def lines(key):
     "The non-empty lines of a multi-line setting."
     return [line.strip() for line in cfg[key].splitlines() if line.strip()]
+
+
+class BuildWithRecords(build_py):
+    "Put records and shipped files into the wheel, where `nncomp.results` finds them outside a clone."
+
+    def run(self):
+        super().run()
+        for name in ("results", "models"):
+            source = Path(__file__).parent / name
+            if source.is_dir() and not self.editable_mode:
+                target = Path(self.build_lib) / "nncomp" / "_book" / name
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
 
 
 book = lines("book_requirements")
@@ -26,6 +40,7 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     keywords=cfg["keywords"].split(),
+    cmdclass={"build_py": BuildWithRecords},
     packages=find_packages(include=["nncomp", "nncomp.*"]),
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),

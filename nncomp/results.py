@@ -137,19 +137,26 @@ def _base(root:str|os.PathLike|None) -> Path:
     if chosen: return Path(chosen)
     return next((p for p in (here, *here.parents) if (p / "settings.ini").is_file() and (p / "results").is_dir()), here)
 
+
+def _reads(root:str|os.PathLike|None) -> Path:
+    "The folder to read results/ and models/ from: the same, or what an installed package brings where that has none."
+    base, brought = _base(root), Path(importlib.import_module("nncomp").__path__[0]) / "_book"
+    own = root or os.environ.get("NNCOMP_RESULTS") or (base / "results").is_dir() or not brought.is_dir()
+    return base if own else brought
+
 # %% ../nbs/06_results.ipynb #0942e4e0
 def results_root(
-    root:str|os.PathLike|None=None,  # the folder above; None = $NNCOMP_RESULTS, the repository, or the working folder
+    root:str|os.PathLike|None=None,  # the folder above; None = $NNCOMP_RESULTS, the repository, the working folder, or what the package brings
 ) -> Path:
     "Where the records are: `results/experiment/id/seed-k.json`."
-    return _base(root) / "results"
+    return _reads(root) / "results"
 
 
 def models_root(
     root:str|os.PathLike|None=None,  # as for `results_root`
 ) -> Path:
     "Where the shipped files are: `models/experiment.nncomp`."
-    return _base(root) / "models"
+    return _reads(root) / "models"
 
 # %% ../nbs/06_results.ipynb #e47785eb
 @dataclass(frozen=True)
@@ -344,7 +351,7 @@ def shipped(
     root:str|os.PathLike|None=None,  # as for `results_root`
 ) -> tuple[Record, Path]|None:       # the record and where its file should be; None if there is none to ship
     "The record whose artefact is in `models/`: first configuration, designated (or lowest) seed."
-    found, base = find_experiment(name), _base(root)
+    found, base = find_experiment(name), _reads(root)
     first = config_id(found.configs[0], name)
     having = {r.seed: r for r in _all_records(name, base) if r.id == first and r.artefact}
     if not having: return None
@@ -357,7 +364,7 @@ def load_records(
     root:str|os.PathLike|None=None,  # as for `results_root`
 ) -> list[Record]:                   # by configuration, then seed; empty if nothing has run
     "All records of an experiment, validated; a wrong hash, of a config or of the shipped file, is a `ValueError`."
-    records, pair = _all_records(name, _base(root)), shipped(name, root)
+    records, pair = _all_records(name, _reads(root)), shipped(name, root)
     if pair and pair[1].exists() and _sha256(pair[1]) != pair[0].artefact_sha256:
         raise ValueError(f"{pair[1]} does not have the SHA-256 that {pair[0].experiment}/{pair[0].id}/seed-{pair[0].seed} records")
     return records
