@@ -89,7 +89,7 @@ class Smallest:
     epochs:int = 16                # of the long run, over all views
     lr:float = 4e-3                # its highest learning rate
     batch_size:int = 256           # images a step, throughout
-    weights:int = 2_500            # that are left of all layers together
+    weights:int = 2_400            # that are left of all layers together
     begin:float = 0.05             # where in the long run pruning begins
     end:float = 0.6                # where it ends
     every:int = 50                 # steps between two cuts
@@ -97,12 +97,13 @@ class Smallest:
     plain_epochs:int = 15          # after it, on the images as they are
     plain_lr:float = 1e-3          # their highest learning rate
     bits:int = 3                   # at most 2**bits values for the weights of a layer, zero among them
-    bias_bits:int = 3              # the same for its biases
+    last_bits:int = 4              # the same for the weights of the last layer, which are few
+    bias_bits:int = 3              # the same for the biases of a layer
     share_epochs:int = 40          # of training the values
     share_lr:float = 2e-3          # their highest learning rate
 
     def __post_init__(self):
-        for name in ("bits", "bias_bits"): check_int(getattr(self, name), 1, 16, name)
+        for name in ("bits", "last_bits", "bias_bits"): check_int(getattr(self, name), 1, 16, name)
         for name in ("teachers", "views", "weights", "epochs", "plain_epochs", "share_epochs"): check_int(getattr(self, name), name != "plain_epochs", name=name)
 
 # %% ../nbs/75_smallest.ipynb #31293ed9
@@ -149,8 +150,8 @@ def share_and_distill(
     **options,            # of `distill`: device, progress
 ) -> nn.Module:           # the same net
     "Share weights and biases at a few bits, and train the values while weights may move between them."
-    weights = named_weights(net)
-    bits = {name: config.bits if name in weights else config.bias_bits for name, _ in net.named_parameters()}
+    *weights, last = named_weights(net)
+    bits = {name: config.bits if name in weights else config.last_bits if name == last else config.bias_bits for name, _ in net.named_parameters()}
     share_weights(net, bits, trainable=True, moving=True)
     distill(net, cache_logits(teacher, data.train), data, epochs=config.share_epochs, lr=config.share_lr, temperature=config.temperature, alpha=config.alpha, batch_size=config.batch_size,
             channels_last=images_by_channel(net), seed=seed, checkpoint=folder / "shared.pt", title="values", **options)
