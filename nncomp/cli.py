@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from .data import load_data
 from .deep_compression import Classic, ClassicLeNet5, Report, run_classic
 from .kmeans import kmeans_1d
 from .measure import gzip_bytes, zstd_bytes
-from .models import create_model, model_input_shape, model_names
+from .models import create_model_for, model_input_shape, model_names
 from .pruning import magnitude_mask
 from .results import models_root, reproduce, shipped
 from .training import evaluate
@@ -407,7 +407,7 @@ def verify_file(
     row = dict(name=path.stem, model=recorded["model"], dataset=recorded["dataset"], file=str(path), bytes=path.stat().st_size, sha256=sha,
                error_percent=None, recorded_error_percent=recorded["file_error_percent"], recorded_bytes=recorded["file_bytes"], ok=False)
     data = load_data(recorded["dataset"], size=model_input_shape(recorded["model"])[-1])
-    try: model = load(path, into=create_model(recorded["model"], num_classes=data.num_classes, in_channels=data.input_shape[0]))
+    try: model = load(path, into=create_model_for(recorded["model"], data))
     except ValueError as error: return row | {"problem": str(error)}
     row["error_percent"] = evaluate(model, data.test).error_percent
     moved = round(abs(row["error_percent"] - row["recorded_error_percent"]) * len(data.test) / 100)

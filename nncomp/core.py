@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['BitstreamError', 'MissingExtraError', 'require', 'check_fraction', 'check_int', 'check_finite', 'seed_everything',
-           'default_device', 'evaluating', 'named_weights', 'count_parameters', 'count_nonzero', 'atomic_path']
+           'default_device', 'evaluating', 'named_weights', 'count_parameters', 'count_nonzero', 'atomic_path',
+           'remembered']
 
 # %% ../nbs/00_core.ipynb #232f73ea
 import contextlib
 import importlib
+import json
 import os
 import random
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -158,3 +160,15 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+# %% ../nbs/00_core.ipynb #4dccc8b6
+def remembered(
+    path:str|os.PathLike,     # a JSON file; its folder must exist
+    make:Callable[[], dict],  # called where the file does not exist
+) -> dict:                    # what `make` gave, as JSON keeps it
+    "What `make()` gave the first time."
+    path = Path(path)
+    if not path.exists():
+        made = make()
+        with atomic_path(path) as part: part.write_text(json.dumps(made), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))

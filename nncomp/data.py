@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import MissingExtraError, check_fraction, check_int, require
+from .core import MissingExtraError, check_int, require
 
 # %% ../nbs/01_data.ipynb #9e9424a0
 @dataclass(frozen=True, eq=False)

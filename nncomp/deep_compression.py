@@ -28,7 +28,7 @@ from .core import atomic_path, check_fraction, check_int, default_device, named_
 from .data import Data, load_data
 from .entropy import entropy_bits
 from .measure import compression_ratio, dense_bytes, sparsity
-from .models import create_model, model_input_shape
+from .models import create_model_for, model_input_shape
 from .pruning import apply_masks_
 from .results import experiment
 from .schedules import Pruner, grow_masks
@@ -287,12 +287,12 @@ def run_classic(
     size = model_input_shape(config.model)[-1]
     data = load_data(config.dataset, size=size, device=device)
     seed_everything(seed)
-    model = create_model(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0]).to(device)
+    model = create_model_for(config.model, data).to(device)
     options = dict(seed=seed, device=device, progress=progress)
     fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, channels_last=images_by_channel(model),
         checkpoint=folder / "dense-epochs.pt", title="training", **options)
     report = deep_compress(model, data, config.recipe, path=path or folder / "model.nncomp", folder=folder, **options)
-    loaded = load(report.path, into=create_model(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0]).to(device))
+    loaded = load(report.path, into=create_model_for(config.model, data).to(device))
     dense, shared, filed = (evaluate(m, data.test, device=device) for m in (model, report.model, loaded))
     if shared != filed: raise RuntimeError(f"the loaded model makes {filed.errors} errors, the saved one {shared.errors}")
     metrics = dict(model=config.model, dataset=config.dataset, dense_error_percent=dense.error_percent, file_error_percent=filed.error_percent,

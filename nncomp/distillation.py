@@ -30,12 +30,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .container import load
-from .core import check_finite, check_fraction, check_int, default_device, evaluating, require, seed_everything
+from .core import check_finite, check_fraction, check_int, default_device, evaluating, remembered, require, seed_everything
 from .data import Data, Split, random_affine, random_crop_flip
 from .deep_compression import Recipe, _as_bytes, _resumable, deep_compress, images_by_channel
-from .models import mlp, model_names, register_model
-from .replications import _difference, _images, _net, _remembered, _spread
-from .results import Record, config_id, experiment, find_experiment, load_records, paired_interval
+from .models import create_model_for, load_data_for, mlp, model_names, register_model
+from .results import Record, config_id, difference, experiment, find_experiment, load_records, paired_interval, spread
 from .training import Callback, Run, _device_of, _logits, _named, evaluate, fit
 
 # %% ../nbs/60_distillation.ipynb #c5a2634f
@@ -436,11 +435,11 @@ def train_by(
     path, device = Path(path), device or default_device()
     path.parent.mkdir(parents=True, exist_ok=True)
     seed_everything(seed)
-    model = _net(course.model, data).to(device)
+    model = create_model_for(course.model, data).to(device)
     beside = lambda ending: path.with_name(path.name + ending)
     options = course.options() | dict(seed=seed, device=device, channels_last=images_by_channel(model), checkpoint=beside(".pt"), progress=progress, title=path.name)
     _resumable(beside(".nncomp"), model, lambda: distill(model, teacher(), data, **options, **lesson) if teacher else fit(model, data, **options))
-    return load(beside(".nncomp"), into=_net(course.model, data).to(device)).eval()  # from the file each time, so that no memory layout differs
+    return load(beside(".nncomp"), into=create_model_for(course.model, data).to(device)).eval()  # from the file each time, so that no memory layout differs
 
 # %% ../nbs/60_distillation.ipynb #2c6cdc85
 def judge(
@@ -509,7 +508,7 @@ def _compressed(config, net, images, test, seed, folder, name, **options):
     def work():
         report = deep_compress(net, images(), config.recipe, path=path, folder=folder / name, seed=seed, **options)
         return judge(report.model, test) | dict(bytes=report.file_bytes, dense_bytes=report.dense_bytes, sparsity=report.stages[-1].sparsity)
-    return _remembered(folder / f"{name}-compressed.json", work)
+    return remembered(folder / f"{name}-compressed.json", work)
 
 # %% ../nbs/60_distillation.ipynb #3300768d
 def run_distilled(
@@ -524,12 +523,12 @@ def run_distilled(
     "Train the teacher, the student alone and with it, compress both students; the test set is read once for each network."
     folder, options = Path(folder), dict(device=device, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.student.model, device)
+    data = load_data_for(config.dataset, config.student.model, device)
     teacher = trained_teacher(config.teacher, data, seed % config.teachers if config.teachers else seed, teachers or folder, **options)
     images, course, answers = _lessons(config, data, teacher)
     nets = dict(teacher=teacher, alone=train_by(course, images, seed, folder / "alone", **options),
                 distilled=train_by(course, images, seed, folder / "distilled", teacher=answers, temperature=config.temperature, alpha=config.alpha, **options))
-    found = {name: _remembered(folder / f"{name}.json", lambda: judge(net, data.test)) for name, net in nets.items()}
+    found = {name: remembered(folder / f"{name}.json", lambda: judge(net, data.test)) for name, net in nets.items()}
     pool = functools.cache(lambda: fixed_views(data, AUGMENTATIONS[config.student.augment] or (lambda x, g: x), config.recipe_views, seed=seed))
     for name in ("alone", "distilled"): found[f"{name}-compressed"] = _compressed(config, nets[name], pool, data.test, seed, folder, name, **options)
     last = found["distilled-compressed"]
@@ -573,9 +572,9 @@ def run_compressed_vgg13(
     "Train the network if nobody has, compress it, and judge both on the test images."
     folder, options = Path(folder), dict(device=device, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.course.model, device)
+    data = load_data_for(config.dataset, config.course.model, device)
     net = trained_teacher(config.course, data, seed, teachers or folder, **options)
-    dense = _remembered(folder / "dense.json", lambda: judge(net, data.test))
+    dense = remembered(folder / "dense.json", lambda: judge(net, data.test))
     pool = lambda: fixed_views(data, AUGMENTATIONS[config.course.augment] or (lambda x, g: x), config.recipe_views, seed=seed)
     last = _compressed(config, net, pool, data.test, seed, folder, "dense", **options)
     return dict(model=config.course.model, dataset=config.dataset, test_images=len(data.test), dense=dense, compressed=last, dense_error_percent=dense["error_percent"],
@@ -615,7 +614,7 @@ def run_soft_targets(
     progress:bool=True,   # show bars
 ) -> dict:                # the metrics of the record
     "Choose temperature and weight on validation images; test the choice for each size; teach without a class."
-    folder, data = Path(folder), _images(config.dataset, config.student.model, device)
+    folder, data = Path(folder), load_data_for(config.dataset, config.student.model, device)
     teacher = train_by(config.teacher, data, seed, folder / "teacher", device=device, progress=progress)
     logits = cache_logits(teacher, data.train)
     def pupil(name, model=config.student.model, images=data, rows=None, **lesson):
@@ -675,16 +674,16 @@ def run_report001(
     "The student alone, and with each temperature by both losses; each judged on validation and test images."
     folder, options = Path(folder), dict(device=device, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.student.model, device)
+    data = load_data_for(config.dataset, config.student.model, device)
     teacher = trained_teacher(config.teacher, data, 0, teachers or folder, **options)
     logits, arms = functools.cache(lambda: cache_logits(teacher, data.train)), {"alone": {}}
     for T, (name, loss) in itertools.product(config.temperatures, {"squared": distillation_loss, "legacy": legacy_distillation_loss}.items()):
         arms[f"{name}-{T:g}"] = dict(teacher=logits, loss=functools.partial(loss, temperature=T, alpha=config.alpha))
     def both(net): return dict(valid=evaluate(net, data.valid).error_percent, test=judge(net, data.test)["error_percent"])
-    found = {name: _remembered(folder / f"{name}.json", lambda: both(train_by(config.student, data, seed, folder / name, **lesson, **options))) for name, lesson in arms.items()}
+    found = {name: remembered(folder / f"{name}.json", lambda: both(train_by(config.student, data, seed, folder / name, **lesson, **options))) for name, lesson in arms.items()}
     best = {name: min((arm for arm in found if arm.startswith(name)), key=lambda arm: found[arm]["valid"]) for name in ("squared", "legacy")}
     return dict(model=config.student.model, dataset=config.dataset, test_images=len(data.test), arms=found, chosen=best,
-                teacher=_remembered(folder / "teacher.json", lambda: judge(teacher, data.test)))
+                teacher=remembered(folder / "teacher.json", lambda: judge(teacher, data.test)))
 
 # %% ../nbs/60_distillation.ipynb #e70d07ad
 @experiment("report001-distillation")
@@ -714,14 +713,14 @@ def run_chains(
     "Walk each chain: train a network on the answers of the one before, pass its own answers on (Mirzadeh et al. 2020, §3)."
     folder, found = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.course.model, device)
+    data = load_data_for(config.dataset, config.course.model, device)
     for chain in config.chains:
         name, teacher, lesson = "", None, {}
         for model in (*chain, config.course.model):
             if teacher is not None: lesson = dict(teacher=functools.partial(cache_logits, teacher, data.train), temperature=config.temperature, alpha=config.alpha)
             name = f"{name}-{model}".removeprefix("-")
             teacher = train_by(replace(config.course, model=model), data, seed, folder / name, device=device, progress=progress, **lesson)
-            found[name] = _remembered(folder / f"{name}.json", lambda: judge(teacher, data.test))["error_percent"]
+            found[name] = remembered(folder / f"{name}.json", lambda: judge(teacher, data.test))["error_percent"]
     return dict(model=config.course.model, dataset=config.dataset, test_images=len(data.test), networks=found)
 
 # %% ../nbs/60_distillation.ipynb #53c5c47e
@@ -761,9 +760,9 @@ def distilled_table(
     for arm, label in _ARMS.items():
         of = lambda key: lambda r: r.metrics["networks"][arm][key]
         line = {"network": label} | ({"report 001, %": report.get(arm, "–")} if report else {})
-        line |= {"accuracy, %": _spread(records, right(arm)), "calibration error, %": _spread(records, lambda r: 100 * of("ece")(r)),
-                 "file, B": _spread(records, of("bytes")) if "compressed" in arm else "",
-                 "the teacher brought, points": _difference(records, right(arm), right(arm.replace("distilled", "alone"))) if "distilled" in arm else ""}
+        line |= {"accuracy, %": spread(records, right(arm)), "calibration error, %": spread(records, lambda r: 100 * of("ece")(r)),
+                 "file, B": spread(records, of("bytes")) if "compressed" in arm else "",
+                 "the teacher brought, points": difference(records, right(arm), right(arm.replace("distilled", "alone"))) if "distilled" in arm else ""}
         lines.append(line)
     return require("pandas").DataFrame(lines)
 
@@ -777,9 +776,9 @@ def soft_targets_table(
     of = lambda model, arm, key: lambda r: r.metrics["sizes"][model][arm][key]
     for model in config.sizes:
         alone, taught = (of(model, arm, "error_percent") for arm in ("alone", "distilled"))
-        lines.append({"student": f"784-{model.removeprefix('mlp-')}-10", "error alone, %": _spread(records, alone), "error taught, %": _spread(records, taught),
-                      "accuracy gained, points": _difference(records, lambda r: -taught(r), lambda r: -alone(r)),
-                      **{f"calibration error {label}, %": _spread(records, lambda r: 100 * of(model, arm, "ece")(r)) for label, arm in (("alone", "alone"), ("taught", "distilled"))}})
+        lines.append({"student": f"784-{model.removeprefix('mlp-')}-10", "error alone, %": spread(records, alone), "error taught, %": spread(records, taught),
+                      "accuracy gained, points": difference(records, lambda r: -taught(r), lambda r: -alone(r)),
+                      **{f"calibration error {label}, %": spread(records, lambda r: 100 * of(model, arm, "ece")(r)) for label, arm in (("alone", "alone"), ("taught", "distilled"))}})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/60_distillation.ipynb #2aba3189
@@ -801,11 +800,11 @@ def report001_table(
     right = lambda arm: lambda r: 100 - r.metrics["arms"][arm]["test"]
     for arm in records[0].metrics["arms"]:
         loss, _, T = arm.partition("-")
-        lines.append({"student": "alone" if not T else f"T = {T}, {'with' if loss == 'squared' else 'without'} T²", "accuracy, %": _spread(records, right(arm)),
-                      "gained, points": _difference(records, right(arm), right("alone")) if T else ""})
+        lines.append({"student": "alone" if not T else f"T = {T}, {'with' if loss == 'squared' else 'without'} T²", "accuracy, %": spread(records, right(arm)),
+                      "gained, points": difference(records, right(arm), right("alone")) if T else ""})
     for loss, label in (("squared", "with"), ("legacy", "without")):
         chosen = lambda r: 100 - r.metrics["arms"][r.metrics["chosen"][loss]]["test"]
-        lines.append({"student": f"chosen on validation images, {label} T²", "accuracy, %": _spread(records, chosen), "gained, points": _difference(records, chosen, right("alone"))})
+        lines.append({"student": f"chosen on validation images, {label} T²", "accuracy, %": spread(records, chosen), "gained, points": difference(records, chosen, right("alone"))})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/60_distillation.ipynb #d3c838e6
@@ -818,8 +817,8 @@ def chain_table(
     right, config = lambda name: lambda r: 100 - r.metrics["networks"][name], Chains()
     for chain in config.chains:
         name = "-".join((*chain, config.course.model))
-        lines.append({"lesson": " → ".join((*chain, config.course.model)), "report 001, %": CHAINS_001.get(name, "–"), "accuracy, %": _spread(records, right(name)),
-                      "against vgg13 → minivgg, points": _difference(records, right(name), right("vgg13-minivgg")) if chain != ("vgg13",) else ""})
+        lines.append({"lesson": " → ".join((*chain, config.course.model)), "report 001, %": CHAINS_001.get(name, "–"), "accuracy, %": spread(records, right(name)),
+                      "against vgg13 → minivgg, points": difference(records, right(name), right("vgg13-minivgg")) if chain != ("vgg13",) else ""})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/60_distillation.ipynb #107f4cf0
@@ -830,8 +829,8 @@ def vgg13_table(
     records = _records("compressed-vgg13", root)
     if not records: return _pending("compressed-vgg13", 3)
     rows = ("dense", lambda r: r.metrics["dense_bytes"]), ("compressed", lambda r: r.metrics["file_bytes"])
-    return require("pandas").DataFrame([{"VGG-13": arm, "accuracy, %": _spread(records, lambda r: 100 - r.metrics[arm]["error_percent"]), "bytes": _spread(records, size),
-                                         "calibration error, %": _spread(records, lambda r: 100 * r.metrics[arm]["ece"])} for arm, size in rows])
+    return require("pandas").DataFrame([{"VGG-13": arm, "accuracy, %": spread(records, lambda r: 100 - r.metrics[arm]["error_percent"]), "bytes": spread(records, size),
+                                         "calibration error, %": spread(records, lambda r: 100 * r.metrics[arm]["ece"])} for arm, size in rows])
 
 # %% ../nbs/60_distillation.ipynb #e86f13e2
 def teacher_verdict(

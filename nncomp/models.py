@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['VGG_PLANS', 'register_model', 'model_names', 'model_input_shape', 'create_model', 'mlp', 'lenet5_caffe',
-           'lenet5_classic', 'lenet5_same', 'lenet5_strided', 'vgg']
+           'lenet5_classic', 'lenet5_same', 'lenet5_strided', 'vgg', 'load_data_for', 'create_model_for']
 
 # %% ../nbs/02_models.ipynb #74ee9f95
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import nn
 
 from .core import check_fraction, check_int
+from .data import Data, load_data
 
 # %% ../nbs/02_models.ipynb #c2637626
 _REGISTRY: dict[str, tuple[Callable[..., nn.Module], tuple[int, int, int]]] = {}
@@ -166,3 +168,21 @@ _REGISTRY.update({
     "mlp-200": (partial(mlp, hidden=(200,)), (1, 28, 28)),
     **{name: (partial(vgg, plan=plan), (3, 32, 32)) for name, plan in VGG_PLANS.items()},
 })
+
+# %% ../nbs/02_models.ipynb #50ee6389
+def load_data_for(
+    dataset:str,       # a name of `load_data`
+    model:str,         # a name of `create_model`
+    device:str|torch.device|None=None,  # where the images are kept; None = the CPU
+) -> Data:
+    "A data set in the size that a network expects."
+    return load_data(dataset, size=model_input_shape(model)[-1], device=device or "cpu")
+
+
+def create_model_for(
+    model:str,         # a name of `create_model`
+    data:Data,         # says how many classes and channels
+    **options,         # of its builder
+) -> nn.Module:        # freshly initialised, on the CPU
+    "A network for a data set."
+    return create_model(model, num_classes=data.num_classes, in_channels=data.input_shape[0], **options)

@@ -24,9 +24,9 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from .core import check_fraction, check_int, count_parameters, default_device, evaluating, named_weights, require
-from .data import Data, Split, load_data
+from .data import Split, load_data
 from .measure import count_macs
-from .models import create_model, model_input_shape
+from .models import create_model_for, model_input_shape
 from .pruning import apply_masks_, drop_lowest, drop_lowest_global, global_magnitude_masks, random_mask
 from .results import experiment
 from .training import Callback, Run, evaluate, fit
@@ -464,7 +464,7 @@ def _costs(models: Mapping[str, nn.Module], shape: tuple[int, ...], repeats: int
 def half_without_retraining(config:Half, seed:int, folder:Path) -> dict:
     "Connections and neurons removed from MNIST networks, nothing retrained. `nncomp reproduce half-without-retraining`; two networks, about two minutes a seed on one CPU core."
     data = load_data(config.dataset, size=model_input_shape(config.model)[-1], device=(device := default_device()))
-    model = create_model(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0])
+    model = create_model_for(config.model, data)
     fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=seed, device=device,
         channels_last=any(w.ndim == 4 for w in model.parameters()), checkpoint=Path(folder) / "dense.pt", title="training")
     cuts = _cuts(model, Split(data.train.x[:config.images], data.train.y[:config.images]), seed)

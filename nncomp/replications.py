@@ -14,7 +14,6 @@ __all__ = ['QUALITIES', 'TESTS', 'DEMO', 'LENET_5_SMALL', 'PUBLISHED', 'PUBLISHE
 
 # %% ../nbs/45_replications.ipynb #c58aedcb
 import copy
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,15 +25,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .container import load, save
-from .core import atomic_path, check_int, count_nonzero, named_weights, require, seed_everything
-from .data import Data, Split, load_data
+from .core import check_int, count_nonzero, named_weights, remembered, require, seed_everything
+from .data import Data, Split
 from .deep_compression import images_by_channel
-from .models import create_model, model_input_shape, model_names, register_model
+from .models import create_model, create_model_for, load_data_for, model_input_shape, model_names, register_model
 from .pruning import MaskCallback, apply_masks_, std_threshold_mask, threshold_mask
-from .results import Record, experiment, find_experiment, load_records, mean_sd, paired_interval
+from .results import Record, difference, experiment, find_experiment, load_records, mean_sd, paired_interval, spread
 from .schedules import Pruner
 from .training import Callback, Metrics, Run, evaluate, fit
-from .weight_sharing import Moving, Reassign, finalize_sharing, share_weights, weight_importance
+from .weight_sharing import Reassign, finalize_sharing, share_weights, weight_importance
 
 # %% ../nbs/45_replications.ipynb #3b432e42
 class FromPixels(nn.Module):
@@ -150,16 +149,6 @@ TESTS = {
 DEMO = Report003(epochs=2, cuts=(Cut(4, "std", QUALITIES, until=0.5),), bits=(2,), starts=("density", "optimal"), tune_epochs=(4,))  # report 000: 2 + 2 + 2
 
 # %% ../nbs/45_replications.ipynb #9e7420b0
-def _images(name, model, device=None):
-    "A data set in the size that a net expects."
-    return load_data(name, size=model_input_shape(model)[-1], device=device or "cpu")
-
-
-def _net(name, data):
-    "A fresh net for a data set."
-    return create_model(name, num_classes=data.num_classes, in_channels=data.input_shape[0])
-
-
 def _fewer(data, n):
     "The data set with `n` of its training images, evenly spread, or all where there are no more; without validation images."
     total = len(data.train)
@@ -181,14 +170,6 @@ def _held(model, names):
     "A callback that keeps zeros of these parameters where they are."
     return MaskCallback({name: model.get_parameter(name) != 0 for name in names})
 
-
-def _remembered(path:Path, make:Callable[[], dict]) -> dict:
-    "What `make()` gives, from a file where it has been made before."
-    if not path.exists():
-        made = make()
-        with atomic_path(path) as part: part.write_text(json.dumps(made))
-    return json.loads(path.read_text())
-
 # %% ../nbs/45_replications.ipynb #03b747cb
 def train_and_prune(
     config:Report003,       # what to do
@@ -201,7 +182,7 @@ def train_and_prune(
 ) -> tuple[nn.Module, nn.Module]:  # dense, pruned
     "Train a net and prune it in the stretches of `config.cuts`; each holds the zeros of those before."
     seed_everything(seed)
-    model = _net(config.model, data)
+    model = create_model_for(config.model, data)
     images = images_by_channel(model)
     if images: model.to(memory_format=torch.channels_last)
     options = dict(batch_size=config.batch_size, lr=config.lr, schedule="constant", channels_last=images, seed=seed, device="cpu", progress=progress)
@@ -272,7 +253,7 @@ def _share_in_every_way(config, pruned, data, seed, folder, progress):
     "Stage -> variant -> accuracy; each variant is remembered."
     found = {"snapped": {}, "tuned": {}, "moved": {}}
     for bits, start in tqdm([(b, s) for b in config.bits for s in config.starts], desc="sharing", disable=not progress):
-        one = _remembered(folder / f"{start}-{bits}.json", lambda: _share_one_way(config, pruned, data, bits, start, seed))
+        one = remembered(folder / f"{start}-{bits}.json", lambda: _share_one_way(config, pruned, data, bits, start, seed))
         for stage, accuracy in one.items(): found[stage][f"{start}-{bits}"] = accuracy
     return found
 
@@ -287,10 +268,10 @@ def run_report003(
     "Train, prune, and share the pruned net in every way; an interrupted run goes on with the stage it was in."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.model)
+    data = load_data_for(config.dataset, config.model)
     dense, pruned = train_and_prune(config, data, seed, folder, progress=progress)
     save(pruned, folder / "pruned.nncomp")
-    before = _remembered(folder / "dense.json", lambda: {"accuracy": 100 * evaluate(dense, data.test).accuracy, "lengths": _lengths(dense)})
+    before = remembered(folder / "dense.json", lambda: {"accuracy": 100 * evaluate(dense, data.test).accuracy, "lengths": _lengths(dense)})
     after, shared = evaluate(pruned, data.test), _share_in_every_way(config, pruned, data, seed, folder, progress)
     return dict(model=config.model, dataset=config.dataset, test_images=after.n, dense_accuracy=before["accuracy"], lengths=before["lengths"],
                 pruned_accuracy=100 * after.accuracy, file_error_percent=after.error_percent, file_bytes=(folder / "pruned.nncomp").stat().st_size,
@@ -359,7 +340,7 @@ def run_thresholds(
     folder.mkdir(parents=True, exist_ok=True)
     cuts = (Cut(config.prune_epochs, "std", QUALITIES),) if config.prune_epochs else ()
     test = replace(TESTS[1], dataset=dataset, batch_size=config.batch_size, epochs=config.epochs[-1], cuts=cuts)
-    data = _images(dataset, test.model)
+    data = load_data_for(dataset, test.model)
     nets = train_and_prune(test, data, seed, folder, callbacks=[growth], progress=progress)
     dense, pruned = (evaluate(net, data.test) for net in nets)
     return dict(dataset=dataset, test_images=dense.n, dense_accuracy=100 * dense.accuracy, pruned_accuracy=100 * pruned.accuracy, zeros=_zeros(nets[1]), lengths=growth.found)
@@ -403,9 +384,9 @@ def run_report004(
     "Train, cut once at quality × σ, retrain, share; the file holds the shared net before any training of its values."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.model)
+    data = load_data_for(config.dataset, config.model)
     seed_everything(seed)
-    model = _net(config.model, data)
+    model = create_model_for(config.model, data)
     options = dict(lr=config.lr, weight_decay=config.weight_decay, batch_size=config.batch_size, schedule="constant", seed=seed, device="cpu",
                    channels_last=images_by_channel(model), progress=progress)
     fit(model, data, epochs=config.epochs, checkpoint=folder / "dense.pt", title="training", **options)
@@ -464,20 +445,6 @@ PUBLISHED_004 = {  # report 004: parameters pruned, and accuracy or loss by stag
     "report004-lenet-5-small": {"pruned": "10,223", "cut": "97.47", "pruned net": "98.40", "dense": "98.32", "dense, loss": "0.0659", "shared": "98.37", "shared, loss": "0.0650", "file": "~200 KB"},
 }
 
-# %% ../nbs/45_replications.ipynb #f5d163e0
-def _spread(records:Sequence[Record], value:Callable[[Record], float], digits:int|None=None) -> str:
-    "Mean ± deviation of a number of each record, or what to run."
-    return mean_sd([value(r) for r in records], digits) if records else "not run yet"
-
-
-def _difference(records:Sequence[Record], a:Callable[[Record], float], b:Callable[[Record], float]) -> str:
-    "Mean of a - b with its paired interval, and what it says."
-    if len(records) < 2: return "–"
-    x, y = [a(r) for r in records], [b(r) for r in records]
-    low, high = paired_interval(x, y)
-    says = "no difference seen" if low <= 0 <= high else "better" if low > 0 else "worse"
-    return f"{sum(x) / len(x) - sum(y) / len(y):+.2f} [{low:+.2f}, {high:+.2f}] {says}"
-
 # %% ../nbs/45_replications.ipynb #956dc079
 def pruning_table(
     test:int,                        # of report 003, 1…4
@@ -488,9 +455,9 @@ def pruning_table(
     sizes = {name: p.numel() for name, p in create_model(TESTS[test].model).named_parameters()}
     amounts = {name: f"{cut.rule}, {amount:,}" for cut in TESTS[test].cuts for name, amount in cut.amounts}
     lines = [{"tensor": name, "our rule": amounts.get(name, "–"), "of": f"{sizes[name]:,}", "zeros, the report": zeros,
-              "zeros or accuracy, ours": _spread(records, lambda r: r.metrics["zeros"][name])} for name, zeros in paper["zeros"].items()]
+              "zeros or accuracy, ours": spread(records, lambda r: r.metrics["zeros"][name])} for name, zeros in paper["zeros"].items()]
     for label, key, metric in (("test accuracy before, %", "before", "dense_accuracy"), ("test accuracy after, %", "after", "pruned_accuracy")):
-        lines.append({"tensor": label, "our rule": "", "of": "", "zeros, the report": paper[key], "zeros or accuracy, ours": _spread(records, lambda r: r.metrics[metric])})
+        lines.append({"tensor": label, "our rule": "", "of": "", "zeros, the report": paper[key], "zeros or accuracy, ours": spread(records, lambda r: r.metrics[metric])})
     return require("pandas").DataFrame(lines).rename(columns={"zeros, the report": "the report", "zeros or accuracy, ours": "ours"})
 
 # %% ../nbs/45_replications.ipynb #7bff9d2e
@@ -504,9 +471,9 @@ def sharing_table(
         for start in config.starts:
             key = f"{start}-{bits}"
             lines.append({"bits": str(bits), "start": start, "the report": PUBLISHED[test]["shared"].get(start, ("–",) * 3)[i],
-                          "ours": _spread(records, lambda r: r.metrics["snapped"][key]), "ours, tuned": _spread(records, lambda r: r.metrics["tuned"][key]),
-                          "ours, moved": _spread(records, lambda r: r.metrics["moved"][key]) if bits in config.move_bits else "",
-                          "tuned − pruned net": _difference(records, lambda r: r.metrics["tuned"][key], lambda r: r.metrics["pruned_accuracy"])})
+                          "ours": spread(records, lambda r: r.metrics["snapped"][key]), "ours, tuned": spread(records, lambda r: r.metrics["tuned"][key]),
+                          "ours, moved": spread(records, lambda r: r.metrics["moved"][key]) if bits in config.move_bits else "",
+                          "tuned − pruned net": difference(records, lambda r: r.metrics["tuned"][key], lambda r: r.metrics["pruned_accuracy"])})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/45_replications.ipynb #96789461
@@ -520,7 +487,7 @@ def start_table(
         records = load_records(f"report003-test-{test}", root)
         for start in config.starts[:-1]:
             pick = lambda stage, which: lambda r: r.metrics[stage][f"{which}-{bits}"]
-            lines.append({"test": str(test), "start": start} | {label: _difference(records, pick(stage, start), pick(stage, "optimal"))
+            lines.append({"test": str(test), "start": start} | {label: difference(records, pick(stage, start), pick(stage, "optimal"))
                                                                for label, stage in (("shared only", "snapped"), ("tuned", "tuned"))})
     return require("pandas").DataFrame(lines)
 
@@ -546,7 +513,7 @@ def verdict_table(
             for label, stage in (("shared only", "snapped"), ("trained", "tuned")):
                 pick = lambda start: lambda r: r.metrics[stage][f"{start}-{bits}"]
                 line[f"against the optimum, {label}"] = _verdict(records, bits, stage, config.starts)
-                line[f"density − linear, {label}"] = _difference(records, pick("density"), pick("linear"))
+                line[f"density − linear, {label}"] = difference(records, pick("density"), pick("linear"))
             lines.append(line)
     return require("pandas").DataFrame(lines)
 
@@ -593,7 +560,7 @@ def two_bit_table(
             apart = lambda r: (two := [r.metrics[stage][f"{s}-2"] for s in config.starts]) and max(two) - min(two)
             limit = limits.get(test) if stage != "snapped" else None
             met = f"{limit}: target {'met' if sum(lost(worst)) / len(records) <= limit else 'missed'}" if records and limit else limit or ""
-            lines.append({"test": str(test), "stage": label, "best − worst start": _spread(records, apart), "worst start": worst,
+            lines.append({"test": str(test), "stage": label, "best − worst start": spread(records, apart), "worst start": worst,
                           "it loses": mean_sd(lost(worst)) if records else "not run yet", "limit": str(met)})
     return require("pandas").DataFrame(lines)
 
@@ -603,12 +570,12 @@ def demo_table(
 ) -> "pandas.DataFrame":             # of text
     "Zeros after report 000's demonstration, its own and ours, and the accuracies of ours."
     records, sizes = load_records("report000-demo", root), {name: p.numel() for name, p in create_model(DEMO.model).named_parameters()}
-    lines = [{"quantity": f"zeros of {name}", "of": f"{sizes[name]:,}", "the report": zeros, "ours": _spread(records, lambda r: r.metrics["zeros"][name])}
+    lines = [{"quantity": f"zeros of {name}", "of": f"{sizes[name]:,}", "the report": zeros, "ours": spread(records, lambda r: r.metrics["zeros"][name])}
              for name, zeros in PUBLISHED_000.items()]
     shared = lambda stage: lambda r: r.metrics[stage]["density-2"]
     for label, value in (("dense", lambda r: r.metrics["dense_accuracy"]), ("pruned", lambda r: r.metrics["pruned_accuracy"]), ("shared, 4 values, density start", shared("snapped")),
                          ("values trained", shared("tuned")), ("weights moved", shared("moved"))):
-        lines.append({"quantity": f"test accuracy, {label}, %", "of": "", "the report": "–", "ours": _spread(records, value)})
+        lines.append({"quantity": f"test accuracy, {label}, %", "of": "", "the report": "–", "ours": spread(records, value)})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/45_replications.ipynb #ea917120
@@ -618,8 +585,8 @@ def lengths_table(
     "Largest weight, and percent of the weights above the two hard thresholds of report 003, by epochs and images a step."
     lines, thresholds = [], load_records("report003-thresholds", root)
     def line(where, batch, epochs, records, at):
-        lines.append({"tensor": where, "images a step": str(batch), "epochs": str(epochs), "largest": _spread(records, lambda r: at(r)[0]),
-                      "above 0.25, %": _spread(records, lambda r: 100 * at(r)[1]), "above 0.5, %": _spread(records, lambda r: 100 * at(r)[2])})
+        lines.append({"tensor": where, "images a step": str(batch), "epochs": str(epochs), "largest": spread(records, lambda r: at(r)[0]),
+                      "above 0.25, %": spread(records, lambda r: 100 * at(r)[1]), "above 0.5, %": spread(records, lambda r: 100 * at(r)[2])})
     for config in (Lengths(), *find_experiment("report003-thresholds").configs[1:]):
         for epochs in config.epochs:
             line("fc1 of LeNet-300-100", config.batch_size, epochs, [r for r in thresholds if r.config["batch_size"] == config.batch_size], lambda r: r.metrics["lengths"][str(epochs)])
@@ -638,7 +605,7 @@ def longer_table(
     columns = {"20 + 10 epochs": [r for r in short if r.seed in both], "60 + 30 epochs": [r for r in long if r.seed in both]}
     rows = [(f"zeros of {name}", PUBLISHED[1]["zeros"][name], lambda r, name=name: r.metrics["zeros"][name]) for name in ("fc1.weight", "fc2.weight", "fc3.weight")]
     rows += [(f"test accuracy {key}, %", PUBLISHED[1][key], lambda r, metric=metric: r.metrics[metric]) for key, metric in (("before", "dense_accuracy"), ("after", "pruned_accuracy"))]
-    lines = [{"quantity": label, "the report, 200 + 30": paper} | {name: _spread(records, value) for name, records in columns.items()} for label, paper, value in rows]
+    lines = [{"quantity": label, "the report, 200 + 30": paper} | {name: spread(records, value) for name, records in columns.items()} for label, paper, value in rows]
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/45_replications.ipynb #ce450b23
@@ -655,7 +622,7 @@ def report004_table(
             ("accuracy, shared, %", "shared", stage("shared", "accuracy")), ("loss, shared", "shared, loss", stage("shared", "loss")),
             ("accuracy, shared and tuned, %", "", stage("tuned", "accuracy")), ("file, pruned only, B", "", lambda r: r.metrics["pruned_bytes"]),
             ("file, shared, B", "file", lambda r: r.metrics["file_bytes"])]
-    return require("pandas").DataFrame([{"quantity": label, "the report": paper.get(key, "–"), "ours": _spread(records, value)} for label, key, value in rows])
+    return require("pandas").DataFrame([{"quantity": label, "the report": paper.get(key, "–"), "ours": spread(records, value)} for label, key, value in rows])
 
 # %% ../nbs/45_replications.ipynb #e323cde9
 @dataclass(frozen=True)
@@ -704,7 +671,7 @@ def share_arm(
 def _pruned_net(config, data, seed, folder, progress):
     "Trained, then pruned while it trains on; resumed from checkpoints."
     seed_everything(seed)
-    model = _net(config.model, data)
+    model = create_model_for(config.model, data)
     options = dict(batch_size=config.batch_size, channels_last=images_by_channel(model), seed=seed, device="cpu", progress=progress)
     fit(model, data, epochs=config.epochs, lr=config.lr, checkpoint=folder / "dense.pt", title="training", **options)
     dense = copy.deepcopy(model)
@@ -736,17 +703,17 @@ def run_rate_distortion(
     "Share one pruned net plainly at several numbers of bits and at several prices; the test set is read for the plain arms and the chosen price."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.model)
+    data = load_data_for(config.dataset, config.model)
     dense, pruned = _pruned_net(config, data, seed, folder, progress)
     importance = weight_importance(pruned, data, images=config.importance_images, damping=config.damping, seed=seed)
     unit = sum(float((importance[n] * w.detach()**2).sum()) for n, w in named_weights(pruned).items()) / count_nonzero(named_weights(pruned).values())
     plans = {f"kmeans-{2**b}": (b, 0.) for b in config.bits} | {f"price-{p:g}": (config.bits[0], p * unit) for p in config.prices}
     arms = {}
     for name, (bits, lam) in tqdm(plans.items(), desc="sharing", disable=not progress):
-        arms[name] = _remembered(folder / f"{name}.json", lambda: _measured_arm(pruned, data, config, bits, lam, importance, seed, folder / f"{name}.nncomp"))
+        arms[name] = remembered(folder / f"{name}.json", lambda: _measured_arm(pruned, data, config, bits, lam, importance, seed, folder / f"{name}.nncomp"))
     chosen = _choose_price(arms)
     for name in (*[f"kmeans-{2**b}" for b in config.bits], chosen):
-        net = load(folder / f"{name}.nncomp", into=_net(config.model, data))
+        net = load(folder / f"{name}.nncomp", into=create_model_for(config.model, data))
         arms[name]["error_percent"] = evaluate(net, data.test).error_percent
     dense, pruned = (evaluate(m, data.test) for m in (dense, pruned))
     return dict(model=config.model, dataset=config.dataset, test_images=dense.n, dense_error_percent=dense.error_percent, pruned_error_percent=pruned.error_percent,
@@ -791,10 +758,10 @@ def rate_distortion_table(
     arms[f"at a price, at most {2**config.bits[0]} values"] = lambda r: r.metrics["priced"]
     plain, lines = next(iter(arms.values())), []
     for label, arm in arms.items():
-        lines.append({"values": label, "file, B": _spread(records, lambda r: arm(r)["bytes"]), "smaller by, %": _spread(records, lambda r: 100 - 100 * arm(r)["bytes"] / plain(r)["bytes"]),
+        lines.append({"values": label, "file, B": spread(records, lambda r: arm(r)["bytes"]), "smaller by, %": spread(records, lambda r: 100 - 100 * arm(r)["bytes"] / plain(r)["bytes"]),
                       "bytes less the chosen plain": _bytes_less(records, arm) if arm is not _chosen_plain else "",
-                      "not zero": _spread(records, lambda r: arm(r)["nonzero"]), "test error, %": _spread(records, lambda r: arm(r)["error_percent"]),
-                      "accuracy gained, points": _difference(records, lambda r: -arm(r)["error_percent"], lambda r: -plain(r)["error_percent"]) if arm is not plain else ""})
+                      "not zero": spread(records, lambda r: arm(r)["nonzero"]), "test error, %": spread(records, lambda r: arm(r)["error_percent"]),
+                      "accuracy gained, points": difference(records, lambda r: -arm(r)["error_percent"], lambda r: -plain(r)["error_percent"]) if arm is not plain else ""})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/45_replications.ipynb #207a1041

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['config_id', 'Experiment', 'experiment', 'discover', 'find_experiment', 'results_root', 'models_root', 'Record',
            'read_record', 'reproduce', 'shipped', 'load_records', 'Benchmark', 'load_benchmark', 'benchmark_table',
-           'check_results', 'mean_sd', 'paired_interval', 'Published', 'table', 'show_table', 'record_index']
+           'check_results', 'mean_sd', 'paired_interval', 'spread', 'difference', 'Published', 'table', 'show_table',
+           'record_index']
 
 # %% ../nbs/06_results.ipynb #96bf14a3
 import dataclasses
@@ -491,6 +492,30 @@ def paired_interval(
     d = torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)
     half = float(require("scipy.stats").t.ppf((1 + level) / 2, len(d) - 1)) * d.std().item() / math.sqrt(len(d))
     return d.mean().item() - half, d.mean().item() + half
+
+# %% ../nbs/06_results.ipynb #b6d11f00
+def spread(
+    records:Sequence,              # of one configuration, or anything else of which there is one a seed
+    value:Callable[[object], float],  # of one of them
+    digits:int|None=None,          # see `mean_sd`
+) -> str:
+    "Mean ± deviation of a number of each record, or that nothing has run."
+    return mean_sd([value(r) for r in records], digits) if records else "not run yet"
+
+
+def difference(
+    records:Sequence,              # as for `spread`
+    a:Callable[[object], float],   # of one of them
+    b:Callable[[object], float],   # of the same one
+    *,
+    lower_is_better:bool=False,    # errors and bytes rather than accuracies
+) -> str:                          # such as "+0.12 [+0.03, +0.21] better"
+    "Mean of a - b with its paired interval (`paired_interval`), and what it says of a."
+    if len(records) < 2: return "–"
+    x, y = [a(r) for r in records], [b(r) for r in records]
+    low, high = paired_interval(x, y)
+    says = "no difference seen" if low <= 0 <= high else "better" if (low > 0) != lower_is_better else "worse"
+    return f"{sum(x) / len(x) - sum(y) / len(y):+.2f} [{low:+.2f}, {high:+.2f}] {says}"
 
 # %% ../nbs/06_results.ipynb #890fa2dc
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .core import atomic_path, check_finite, check_fraction, check_int, count_nonzero, evaluating, named_weights, require, seed_everything
 from .data import Batches, Data, Split, load_data, random_affine
-from .models import create_model, mlp, model_input_shape
+from .models import create_model_for, mlp, model_input_shape
 from .pruning import MaskCallback, _fitting, _fraction, _inputs, _once, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
 from .results import experiment
 from .training import Callback, Run, evaluate, fit
@@ -425,7 +425,7 @@ def recalibrate_batch_norm(
 def _dense(config, data: Data, seed: int, folder: Path, *, dropout: float = 0.0, **options) -> nn.Module:
     "A network trained from `seed`, or as an earlier attempt in `folder` left it."
     seed_everything(seed)
-    model = create_model(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0])
+    model = create_model_for(config.model, data)
     if dropout: model = _with_dropout(model, dropout)
     name = "-".join(["dense", *(f"{key}={value}" for key, value in options.items() if key in ("l1", "l2"))])
     fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=seed, checkpoint=Path(folder) / f"{name}.pt", title=name, **options)
@@ -664,7 +664,7 @@ def _sparsest(config: Sparsest, seed: int, folder: Path, score: str = "magnitude
     "One run, then one with the options `plain` and no augmentation where given: errors, sparsity, and the weights left in each layer."
     data = load_data(config.dataset, size=model_input_shape(config.model)[-1])
     seed_everything(seed)
-    model = create_model(config.model, num_classes=data.num_classes, in_channels=data.input_shape[0])
+    model = create_model_for(config.model, data)
     pruner = Pruner(config.sparsity, begin=config.begin, end=config.end, every=config.every, scope="global", floor=config.floor, score=score)
     train = functools.partial(fit, model, data, batch_size=config.batch_size, seed=seed, channels_last=config.channels_last)
     train(epochs=config.epochs, lr=config.lr, callbacks=[pruner], checkpoint=folder / "run.pt",

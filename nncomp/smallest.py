@@ -19,10 +19,10 @@ from .core import check_int, count_nonzero, named_weights, require, seed_everyth
 from .data import Data, random_affine
 from .deep_compression import images_by_channel
 from .distillation import Course, _teachers, cache_logits, distill, fixed_views, trained_teacher
+from .models import create_model_for, load_data_for
 from .neurons import hidden_layers, remove_dead_neurons, remove_neurons
 from .pruning import MaskCallback
-from .replications import _images, _net, _spread
-from .results import experiment, load_records
+from .results import experiment, load_records, spread
 from .schedules import Pruner
 from .training import evaluate
 from .weight_sharing import finalize_sharing, share_weights
@@ -112,7 +112,7 @@ def narrow_net(
     data:Data,        # classes and channels
 ) -> nn.Module:       # freshly initialised
     "The student before training: the first `units` of each hidden layer of the full network."
-    full = _net(config.model, data)
+    full = create_model_for(config.model, data)
     strange = [name for name, _ in config.units if name not in hidden_layers(full)]
     if strange: raise ValueError(f"{config.model} has no hidden layer {', '.join(strange)}; there are: {', '.join(hidden_layers(full))}")
     return remove_neurons(full, {name: torch.arange(n) for name, n in config.units})
@@ -170,14 +170,14 @@ def run_smallest(
     "Train the teacher, the student in three stages, and write the full network in half precision; the test set is read once, by what the file gives."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data, options = _images(config.dataset, config.model), dict(device="cpu", progress=progress)
+    data, options = load_data_for(config.dataset, config.model), dict(device="cpu", progress=progress)
     teacher = trained_teacher(config.teacher, data, seed % config.teachers, teachers or folder, **options)
     seed_everything(seed)
     net = prune_and_distill(narrow_net(config, data), teacher, data, config, seed, folder, **options)
     pruned = evaluate(net, data.valid).error_percent
     net = share_and_distill(net, teacher, data, config, seed, folder, **options)
-    save(widen(sort_units(net.cpu()), _net(config.model, data)).half(), folder / "smallest.nncomp")
-    full = load(folder / "smallest.nncomp", into=_net(config.model, data))
+    save(widen(sort_units(net.cpu()), create_model_for(config.model, data)).half(), folder / "smallest.nncomp")
+    full = load(folder / "smallest.nncomp", into=create_model_for(config.model, data))
     result, size = evaluate(full, data.test), (folder / "smallest.nncomp").stat().st_size
     dense = 4 * sum(p.numel() for p in full.parameters())
     return dict(model=config.model, dataset=config.dataset, test_images=result.n, file_error_percent=result.error_percent, file_bytes=size, dense_bytes=dense, ratio=dense / size,
@@ -221,6 +221,6 @@ def smallest_table(
     for net, name in (("LeNet-300-100", "smallest-lenet-300-100"), ("LeNet-5 (Caffe)", "smallest-lenet-5")):
         records = load_records(name, root)
         lines += [{"network": net, "source": source, "bytes": size, "test error, %": error} for source, size, error in PUBLISHED_SMALLEST[net]]
-        lines.append({"network": net, "source": "ours, the whole file", "bytes": _spread(records, lambda r: r.metrics["file_bytes"], 0),
-                      "test error, %": _spread(records, lambda r: r.metrics["file_error_percent"])})
+        lines.append({"network": net, "source": "ours, the whole file", "bytes": spread(records, lambda r: r.metrics["file_bytes"], 0),
+                      "test error, %": spread(records, lambda r: r.metrics["file_error_percent"])})
     return require("pandas").DataFrame(lines)

@@ -27,13 +27,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .container import inspect, load, save
-from .core import atomic_path, check_finite, check_fraction, check_int, count_nonzero, default_device, named_weights, require, seed_everything
+from .core import atomic_path, check_finite, check_fraction, check_int, count_nonzero, default_device, named_weights, remembered, require, seed_everything
 from .data import Data, random_affine
 from .deep_compression import Recipe, images_by_channel, prune_stage, share_stage
 from .measure import compression_ratio, dense_bytes, sparsity, time_call
-from .models import create_model
-from .replications import _images, _net, _remembered
-from .results import experiment, load_records, mean_sd, paired_interval
+from .models import create_model, create_model_for, load_data_for
+from .results import difference, experiment, load_records, mean_sd
 from .training import Callback, Run, evaluate, fit
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #b20cad7f
@@ -534,7 +533,7 @@ SOFT_ULLRICH = SoftRun(model="lenet-ullrich", epochs=4, recipe=SoftRecipe(tau=6e
 def _dense(config, data, seed, folder, device, progress):
     "The network of a configuration, trained from its seed; taken up from its checkpoint."
     seed_everything(seed)
-    model = _net(config.model, data).to(device)
+    model = create_model_for(config.model, data).to(device)
     fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=seed, device=device,
         channels_last=images_by_channel(model), checkpoint=folder / "dense.pt", title="training", progress=progress)
     return model
@@ -550,10 +549,10 @@ def run_soft(
     "Train, compress by soft weight sharing, load the file, and read the test set once for each state of the network."
     folder, device = Path(folder), default_device()
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.model, device)
+    data = load_data_for(config.dataset, config.model, device)
     model = _dense(config, data, seed, folder, device, progress)
     report = soft_compress(model, data, config.recipe, path=folder / "model.nncomp", folder=folder, augment=config.augment(), seed=seed, device=device, progress=progress)
-    loaded = load(report.path, into=_net(config.model, data).to(device))
+    loaded = load(report.path, into=create_model_for(config.model, data).to(device))
     states = dict(dense=model, soft=report.soft, quantized=report.quantized, file=loaded)
     tested = {name: evaluate(net, data.test, device=device) for name, net in states.items()}
     valid = {name: evaluate(net, data.valid, device=device).error_percent for name, net in states.items()} if len(data.valid) else {}
@@ -664,11 +663,11 @@ def run_soft_curve(
     "Train one dense network and compress it at every price and every sparsity; each arm is remembered."
     folder, device = Path(folder), default_device()
     folder.mkdir(parents=True, exist_ok=True)
-    data = _images(config.dataset, config.model, device)
+    data = load_data_for(config.dataset, config.model, device)
     dense = _dense(config, data, seed, folder, device, progress)
     plan, arms = {f"soft-{t:g}": t for t in config.taus} | {f"kmeans-{s:g}": s for s in config.sparsities}, {}
     for name, amount in tqdm(plan.items(), desc="compressing", disable=not progress):
-        arms[name] = _remembered(folder / f"{name}.json", lambda: _curve_arm(dense, data, config, name, amount, seed, folder, device))
+        arms[name] = remembered(folder / f"{name}.json", lambda: _curve_arm(dense, data, config, name, amount, seed, folder, device))
     tested = evaluate(dense, data.test)
     return dict(model=config.model, dataset=config.dataset, test_images=tested.n, dense_error_percent=tested.error_percent, arms=arms)
 
@@ -697,14 +696,5 @@ def equal_bytes_table(
         both = [p for p in pairs if None not in p]
         none = "–" if records else "not run yet: nncomp reproduce soft-curve-lenet-300-100 --seeds 5"
         soft, plain = (mean_sd(side) if both else none for side in (zip(*both) if both else ((), ())))
-        lines.append({"file, B": f"{size:,}", "soft weight sharing, error %": soft, "prune + k-means, error %": plain, "difference, points": _paired(both)})
+        lines.append({"file, B": f"{size:,}", "soft weight sharing, error %": soft, "prune + k-means, error %": plain, "difference, points": difference(both, lambda p: p[0], lambda p: p[1], lower_is_better=True)})
     return require("pandas").DataFrame(lines)
-
-
-def _paired(pairs):
-    "Mean of the differences with its 95 % interval, and what it says of the first."
-    if len(pairs) < 2: return "–"
-    a, b = zip(*pairs)
-    low, high = paired_interval(a, b)
-    says = "no difference seen" if low <= 0 <= high else "worse" if low > 0 else "better"
-    return f"{sum(a) / len(a) - sum(b) / len(b):+.2f} [{low:+.2f}, {high:+.2f}] {says}"

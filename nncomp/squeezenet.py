@@ -12,8 +12,8 @@ __all__ = ['SQUEEZENET_PLANS', 'SQUEEZED_PLANS', 'AUGMENT', 'VGG_MNIST', 'VGG_CI
 # %% ../nbs/50_squeezenet.ipynb #7ae4cb03
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +28,9 @@ from .container import load
 from .data import Batches, Data, load_data, random_affine, random_crop_flip
 from .deep_compression import Recipe, deep_compress, images_by_channel
 from .measure import count_macs, dense_bytes
-from .models import create_model, model_input_shape, register_model
-from .replications import _difference, _spread
-from .results import Record, config_id, experiment, load_records
-from .training import Metrics, evaluate, fit
+from .models import create_model_for, model_input_shape, register_model
+from .results import config_id, difference, experiment, load_records, spread
+from .training import evaluate, fit
 
 # %% ../nbs/50_squeezenet.ipynb #d85be92e
 def _convolution(n_in, n_out, kernel=1, stride=1, padding=0):
@@ -448,7 +447,7 @@ VGG_CIFAR = Squeezed(
 def _trained(name, training, checkpoint, *, data, seed, device, progress, loss=None, **options):
     "A network trained from a seed, and its validation accuracy after each epoch; resumed from its checkpoint."
     seed_everything(seed)
-    model = create_model(name, num_classes=data.num_classes, in_channels=data.input_shape[0], **options).to(device)
+    model = create_model_for(name, data, **options).to(device)
     history = fit(model, data, **asdict(training), loss=loss, channels_last=images_by_channel(model), seed=seed, device=device, checkpoint=checkpoint,
                   title=checkpoint.stem, progress=progress)
     return model, [round(e["valid_accuracy"], 4) for e in history]
@@ -469,7 +468,7 @@ def _rivals(config, data, folder, seed, device, progress):
 def _filed(model, name, data, recipe, path, **options):
     "Compress a network into a file; the report, and the test error of what the file loads back to."
     report = deep_compress(model, data, recipe, path=path, folder=path.parent, **options)
-    back = load(path, into=create_model(name, num_classes=data.num_classes, in_channels=data.input_shape[0]))
+    back = load(path, into=create_model_for(name, data))
     return report, evaluate(back, data.test, device=options["device"])
 
 # %% ../nbs/50_squeezenet.ipynb #0e451e4a
@@ -550,9 +549,9 @@ def squeezed_table(
     for row in rows:
         line = {"network": _ROWS[row], "report 004: accuracy, %, and size": REPORT_004[name].get(row, "–")}
         if not records: lines.append(line | {"accuracy, %": _run_it(name), "bytes": "", "times smaller": "", "points against the dense network": ""})
-        else: lines.append(line | {"accuracy, %": _spread(records, lambda r: accuracy(r, row)), "bytes": _spread(records, lambda r: _size_of(r, row), 0),
-                                   "times smaller": _spread(records, lambda r: _size_of(r, "dense") / _size_of(r, row), 1),
-                                   "points against the dense network": "" if row == "dense" else _difference(records, lambda r: accuracy(r, row), lambda r: accuracy(r, "dense"))})
+        else: lines.append(line | {"accuracy, %": spread(records, lambda r: accuracy(r, row)), "bytes": spread(records, lambda r: _size_of(r, row), 0),
+                                   "times smaller": spread(records, lambda r: _size_of(r, "dense") / _size_of(r, row), 1),
+                                   "points against the dense network": "" if row == "dense" else difference(records, lambda r: accuracy(r, row), lambda r: accuracy(r, "dense"))})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/50_squeezenet.ipynb #c7a36d3f
@@ -655,8 +654,8 @@ def question_table(
         both, value = sorted(found.keys() & base.keys()), lambda r: r.metrics["accuracy"]
         pairs = [(found[s], base[s]) for s in both]
         lines.append({question: label, "parameters": f"{count_parameters(fold_batch_norm(net)):,}", "multiplications, million": f"{sum(count_macs(net, (net.conv1.in_channels, 32, 32)).values()) / 1e6:.1f}",
-                      "test accuracy, %": _spread(list(found.values()), value) if found else _run_it("fire-miniatures"),
-                      "points against the first": "" if found is base else _difference(pairs, lambda p: value(p[0]), lambda p: value(p[1]))})
+                      "test accuracy, %": spread(list(found.values()), value) if found else _run_it("fire-miniatures"),
+                      "points against the first": "" if found is base else difference(pairs, lambda p: value(p[0]), lambda p: value(p[1]))})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/50_squeezenet.ipynb #79fbed00
@@ -710,11 +709,11 @@ def conversion_table(
     "Accuracy of MiniVGG, and of its conversions as converted and after training on; the last column pairs each start with the random one."
     records, inits = load_records("fireify-minivgg", root), Conversion().inits
     pick = lambda stage, init: lambda r: r.metrics[stage][init]
-    lines = [{"weights from": "the original", "parameters": _spread(records, lambda r: r.metrics["parameters"]), "accuracy as converted, %": "",
-              "accuracy after training on, %": _spread(records, lambda r: r.metrics["original"]), "points against random": ""}] if records else []
+    lines = [{"weights from": "the original", "parameters": spread(records, lambda r: r.metrics["parameters"]), "accuracy as converted, %": "",
+              "accuracy after training on, %": spread(records, lambda r: r.metrics["original"]), "points against random": ""}] if records else []
     for init in inits:
         line = {"weights from": init, "parameters": "", "accuracy as converted, %": _run_it("fireify-minivgg"), "accuracy after training on, %": "", "points against random": ""}
-        if records: line |= {"parameters": _spread(records, lambda r: r.metrics["converted_parameters"]), "accuracy as converted, %": _spread(records, pick("converted", init)),
-                             "accuracy after training on, %": _spread(records, pick("tuned", init)), "points against random": "" if init == inits[0] else _difference(records, pick("tuned", init), pick("tuned", inits[0]))}
+        if records: line |= {"parameters": spread(records, lambda r: r.metrics["converted_parameters"]), "accuracy as converted, %": spread(records, pick("converted", init)),
+                             "accuracy after training on, %": spread(records, pick("tuned", init)), "points against random": "" if init == inits[0] else difference(records, pick("tuned", init), pick("tuned", inits[0]))}
         lines.append(line)
     return require("pandas").DataFrame(lines)

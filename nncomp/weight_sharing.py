@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from .core import check_finite, check_fraction, check_int, evaluating, named_weights
-from .data import Batches, Data
+from .data import Data
 from .kmeans import kmeans_1d
 from .training import Callback, Run, evaluate
 

@@ -20,12 +20,10 @@ from nncomp.replications import (
     CutBelow,
     FromPixels,
     Lengths,
-    Moving,
     RateDistortion,
     Report003,
     Report004,
     _choose_price,
-    _difference,
     demo_table,
     lengths_table,
     longer_table,
@@ -47,8 +45,9 @@ from nncomp.replications import (
     two_bit_table,
     verdict_table,
 )
-from nncomp.results import Record, config_id, find_experiment
+from nncomp.results import Record, config_id, difference, find_experiment
 from nncomp.training import evaluate, fit
+from nncomp.weight_sharing import Moving
 
 SMALL = Report003(dataset="digits", epochs=1, batch_size=256, cuts=(Cut(1, "std", (("fc1.weight", 1.), ("fc1.bias", 0.1))),), bits=(2,),
                 starts=("density", "optimal"), tune_images=300, tune_epochs=(1,))
@@ -319,7 +318,7 @@ def test_without_records_tables_say_so(tmp_path):
     frames = [pruning_table(1, tmp_path), sharing_table(2, tmp_path), report004_table("report004-lenet-300-100", tmp_path)]
     assert all(set(frame["ours"]) == {"not run yet"} for frame in frames)
     assert set(start_table(5, tmp_path)["tuned"]) == {"–"} and set(rate_distortion_table(tmp_path)["file, B"]) == {"not run yet"}
-    assert _difference([], None, None) == "–"
+    assert difference([], None, None) == "–"
 
 
 def test_configurations_are_those_of_the_experiments():
