@@ -120,12 +120,13 @@ def share_stage(
     seed:int=0,           # order of the images, random starts
     device:str|torch.device|None=None,   # None = the fastest
     checkpoint:str|Path|None=None,       # see `fit`
+    moving:bool=False,    # weights may also go to another value while the values are trained, see `share_weights`
     progress:bool=True,   # show a bar
 ) -> None:
     "Let each layer's weights share at most 2**bits values and train those (Han et al. 2016, §3)."
     trainable = data is not None and recipe.share_epochs > 0
     generator = torch.Generator().manual_seed(seed)
-    share_weights(model, recipe.bits, init=recipe.init, keep_zero=True, generator=generator, trainable=trainable)
+    share_weights(model, recipe.bits, init=recipe.init, keep_zero=True, generator=generator, trainable=trainable, moving=moving and trainable)
     if trainable:
         fit(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, batch_size=recipe.batch_size,
             weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="sharing",

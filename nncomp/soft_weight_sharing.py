@@ -413,8 +413,9 @@ class SoftRecipe:
     zero_beta:tuple[float, float]|None = None
     biases:bool = True
     merge_below:float = 0.5     # nats, see `merge_components`
-    tune_epochs:int = 2         # of training the values afterwards
-    tune_lr:float = 3e-4        # their peak learning rate
+    tune_epochs:int = 6         # of training the values afterwards
+    tune_lr:float = 1e-3        # their peak learning rate
+    moving:bool = True          # meanwhile, weights may also go to another value of their layer
 
     def __post_init__(self):
         for name, low in dict(epochs=0, batch_size=1, tune_epochs=0).items(): check_int(getattr(self, name), low, name=name)
@@ -449,7 +450,7 @@ def soft_stage(
 def tune_values(
     model:nn.Module,      # quantized; changed in place
     data:Data,            # trains on its training split
-    recipe:SoftRecipe,    # uses components, biases, batch_size, tune_epochs, tune_lr
+    recipe:SoftRecipe,    # uses components, biases, batch_size, tune_epochs, tune_lr, moving
     *,
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
@@ -461,7 +462,7 @@ def tune_values(
     for p in frozen: p.requires_grad_(False)
     try:
         stage = Recipe(bits=(recipe.components - 1).bit_length(), share_epochs=recipe.tune_epochs, share_lr=recipe.tune_lr, batch_size=recipe.batch_size)
-        share_stage(model, data, stage, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+        share_stage(model, data, stage, moving=recipe.moving, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
     finally:
         for p in frozen: p.requires_grad_(True)
 
@@ -629,7 +630,7 @@ class SoftCurve:
     lr:float = 1e-3               # its peak learning rate
     batch_size:int = 128          # images a step, everywhere
     taus:tuple[float, ...] = (2e-7, 4e-7, 7e-7, 1.1e-6, 1.6e-6, 2.4e-6)
-    recipe:SoftRecipe = SoftRecipe(epochs=12, lr_log_vars=1.5e-3, biases=False)
+    recipe:SoftRecipe = SoftRecipe(epochs=12, lr_log_vars=1.5e-3, biases=False, tune_epochs=2, tune_lr=3e-4, moving=False)
     sparsities:tuple[float, ...] = (0.92, 0.945, 0.96, 0.97, 0.978, 0.985)
     classic:Recipe = Recipe(prune_epochs=11, share_epochs=3, bits=4, weight_decay=1e-5, coder="best")
 
