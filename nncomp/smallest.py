@@ -185,7 +185,7 @@ def run_smallest(
                 left={name: count_nonzero([w]) for name, w in named_weights(full).items()}, units=hidden_layers(net), artefact=folder / "smallest.nncomp")
 
 # %% ../nbs/75_smallest.ipynb #99ce4606
-@experiment("smallest-lenet-300-100")
+@experiment("smallest-lenet-300-100", artefact=1)    # the median of five by its error
 def smallest_lenet_300_100(config:Smallest, seed:int, folder:Path) -> dict:
     "LeNet-300-100 in as few bytes as this book can. `nncomp reproduce smallest-lenet-300-100`; about ten minutes a seed on one CPU core."
     return run_smallest(config, seed, folder, teachers=_teachers(folder))

@@ -282,15 +282,15 @@ const nncomp = (() => {
     return out;
   }
 
+  const half = u => (u >> 15 ? -1 : 1) * (u >> 10 & 31 ? (1 + (u & 1023) / 1024) * 2 ** ((u >> 10 & 31) - 15) : (u & 1023) / 2 ** 24);  // a finite F16
+  const floats = t => t.dtype === "F16" ? Float32Array.from(new Uint16Array(t.data.buffer), half) : t.data;
   function dense(tensors, layers, x) {                       // relu between the layers; x: values of one input
     layers.forEach((layer, i) => {
-      const {data: w, shape: [rows, columns]} = tensors[`${layer}.weight`], bias = tensors[`${layer}.bias`].data, y = new Float32Array(rows);
-      for (let r = 0; r < rows; r++) {
-        let sum = bias[r];
+      const [w, bias] = ["weight", "bias"].map(part => floats(tensors[`${layer}.${part}`])), columns = x.length;
+      x = bias.map((sum, r) => {
         for (let c = 0; c < columns; c++) sum += w[r * columns + c] * x[c];
-        y[r] = i < layers.length - 1 ? Math.max(sum, 0) : sum;
-      }
-      x = y;
+        return i < layers.length - 1 ? Math.max(sum, 0) : sum;
+      });
     });
     return x;
   }
