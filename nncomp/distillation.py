@@ -9,7 +9,7 @@ __all__ = ['AUGMENTATIONS', 'VGG_13', 'SIZES', 'ACCURACY_001', 'CHAINS_001', 'so
            'Distillation', 'distill', 'without_class', 'class_recall', 'expected_calibration_error', 'Drops', 'Course',
            'train_by', 'judge', 'Distilled', 'DistilledMiniVGG', 'trained_teacher', 'run_distilled',
            'distilled_lenet_300_100', 'distilled_minivgg', 'CompressedVGG13', 'run_compressed_vgg13',
-           'compressed_vgg13', 'SoftTargets', 'run_soft_targets', 'distilled_mlp_200', 'Report001', 'run_report001',
+           'compressed_vgg13', 'SoftTargetRun', 'run_soft_targets', 'distilled_mlp_200', 'Report001', 'run_report001',
            'report001_distillation', 'Chains', 'run_chains', 'assistant_chains', 'distilled_table',
            'soft_targets_table', 'temperature_grid', 'report001_table', 'chain_table', 'vgg13_table', 'teacher_verdict']
 
@@ -593,7 +593,7 @@ for _n in SIZES:
 
 
 @dataclass(frozen=True)
-class SoftTargets:
+class SoftTargetRun:
     "Students of a teacher that saw augmented images: temperature, weight, size, and a class that was left out."
     dataset:str = "mnist"
     teacher:Course = Course("mlp-1200-300-100", epochs=20, augment="affine")
@@ -606,7 +606,7 @@ class SoftTargets:
 
 # %% ../nbs/60_distillation.ipynb #1fa2ff10
 def run_soft_targets(
-    config:SoftTargets,   # what to do
+    config:SoftTargetRun,   # what to do
     seed:int,             # of teacher and students
     folder:str|Path,      # networks and judgements go here
     *,
@@ -647,7 +647,7 @@ def _missing_class(config, data, logits, pupil):
 
 # %% ../nbs/60_distillation.ipynb #9a181d1a
 @experiment("distilled-mlp-200")
-def distilled_mlp_200(config:SoftTargets, seed:int, folder:Path) -> dict:
+def distilled_mlp_200(config:SoftTargetRun, seed:int, folder:Path) -> dict:
     "Soft targets on MNIST. `nncomp reproduce distilled-mlp-200 --seeds 5`; about fifteen minutes a seed on one CPU core."
     return run_soft_targets(config, seed, folder)
 
@@ -771,7 +771,7 @@ def soft_targets_table(
     root:str|Path|None=None,     # as for `results_root`
 ) -> "pandas.DataFrame":         # of text
     "Error of the student by its size, alone and taught with the temperature and weight chosen on validation images."
-    records, config, lines = _records("distilled-mlp-200", root), SoftTargets(), []
+    records, config, lines = _records("distilled-mlp-200", root), SoftTargetRun(), []
     if not records: return _pending("distilled-mlp-200", 5)
     of = lambda model, arm, key: lambda r: r.metrics["sizes"][model][arm][key]
     for model in config.sizes:
@@ -839,7 +839,7 @@ def teacher_verdict(
 ) -> str:                        # a sentence or two
     "What the teacher brought to the student, dense and compressed, by the records."
     records = _records(name, root)
-    if len(records) < 2: return f"{name}: too few records for an interval; nncomp reproduce {name} --seeds 5"
+    if len(records) < 2: return f"{name}: too few records for an interval; nncomp reproduce {name} --seeds {3 if 'minivgg' in name else 5}"
     said = []
     for tail, label in (("", "dense"), ("-compressed", "compressed")):
         error = [[r.metrics["networks"][arm + tail]["error_percent"] for r in records] for arm in ("alone", "distilled")]

@@ -145,7 +145,7 @@ PAPERS += [Paper("LeNet-5 (Caffe)", *rest, **at) for *rest, at in (
     ("MIRACLE", "havasi2019minimal", 0.96, "bitstream", dict(ratio=1110, at=(0, -13))))]
 
 # %% ../nbs/91_pareto.ipynb #20d81d23
-_KINDS = {"deep_compression": "coded", "smallest": "coded", "replications": "shared", "distillation": "distilled", "soft_weight_sharing": "soft", "squeezenet": "squeezed"}
+_KINDS = {"deep_compression": "coded", "smallest": "distilled", "replications": "shared", "distillation": "distilled", "soft_weight_sharing": "soft", "squeezenet": "squeezed"}
 _SIGNS = {"bitstream": dict(marker="*", s=45), "computed": dict(marker="o", s=22, facecolors="none"), "fixed point": dict(marker="s", s=20, facecolors="none")}
 
 

@@ -304,7 +304,7 @@ def report003_test_4(config:Report003, seed:int, folder:Path) -> dict:
 
 @experiment("report000-demo", configs=[DEMO])
 def report000_demo(config:Report003, seed:int, folder:Path) -> dict:
-    "The demonstration of report 003's repository: 2 + 2 + 2 epochs, 2 bits. `nncomp reproduce report000-demo`; about one minute a seed on one CPU core."
+    "The demonstration of report 003's repository: 2 + 2 + 2 epochs, 2 bits. `nncomp reproduce report000-demo`; about two minutes a seed on one CPU core."
     return run_report003(config, seed, folder)
 
 # %% ../nbs/45_replications.ipynb #e004bda0
@@ -348,7 +348,7 @@ def run_thresholds(
 # %% ../nbs/45_replications.ipynb #b72ecbd4
 @experiment("report003-thresholds", configs=[Lengths(), Lengths(batch_size=32, epochs=(5, 10), prune_epochs=0)])
 def report003_thresholds(config:Lengths, seed:int, folder:Path) -> dict:
-    "Weights against a hard threshold, and Test 1 with three times the epochs. `nncomp reproduce report003-thresholds`; about four minutes a seed on one CPU core."
+    "Weights against a hard threshold, and Test 1 with three times the epochs. `nncomp reproduce report003-thresholds`; about ten minutes a seed on one CPU core."
     return run_thresholds(config, seed, folder)
 
 # %% ../nbs/45_replications.ipynb #e397db0c
@@ -419,13 +419,13 @@ LENET_5_SMALL = Report004(model="lenet-5-small", pruned=("fc1.weight", "fc2.weig
 
 @experiment("report004-lenet-300-100")
 def report004_lenet_300_100(config:Report004, seed:int, folder:Path) -> dict:
-    "Report 004's LeNet-300-100, 2 σ, 5 bits from a linear start. `nncomp reproduce report004-lenet-300-100`; about two minutes a seed on one CPU core."
+    "Report 004's LeNet-300-100, 2 σ, 5 bits from a linear start. `nncomp reproduce report004-lenet-300-100`; about three minutes a seed on one CPU core."
     return run_report004(config, seed, folder)
 
 
 @experiment("report004-lenet-5-small", configs=[LENET_5_SMALL])
 def report004_lenet_5_small(config:Report004, seed:int, folder:Path) -> dict:
-    "Report 004's LeNet-5 of 44,426 parameters, 2 σ, 5 bits from a linear start. `nncomp reproduce report004-lenet-5-small`; about three minutes a seed on one CPU core."
+    "Report 004's LeNet-5 of 44,426 parameters, 2 σ, 5 bits from a linear start. `nncomp reproduce report004-lenet-5-small`; about five minutes a seed on one CPU core."
     return run_report004(config, seed, folder)
 
 # %% ../nbs/45_replications.ipynb #59711496

@@ -31,7 +31,7 @@ from nncomp.distillation import (
     Ensemble,
     Matching,
     Report001,
-    SoftTargets,
+    SoftTargetRun,
     attention_loss,
     attention_map,
     cache_logits,
@@ -403,7 +403,7 @@ def test_vgg13(tmp_path):
 
 
 def test_soft_targets(tmp_path):
-    config = SoftTargets(dataset="digits", teacher=Course("lenet-5-small", epochs=2, lr=3e-3), student=Course("mlp-10", epochs=1, lr=3e-3),
+    config = SoftTargetRun(dataset="digits", teacher=Course("lenet-5-small", epochs=2, lr=3e-3), student=Course("mlp-10", epochs=1, lr=3e-3),
                          temperatures=(1., 4.), alphas=(0.5, 1.), sizes=("mlp-10",))
     metrics = run_soft_targets(config, 0, tmp_path, progress=False)
     assert set(metrics["grid"]) == {"1/0.5", "1/1", "4/0.5", "4/1"} and metrics["grid"][metrics["chosen"]] == min(metrics["grid"].values())
@@ -447,7 +447,7 @@ def made_minivgg(k):
 
 
 def made_soft_targets(k):
-    config = SoftTargets()
+    config = SoftTargetRun()
     grid = {f"{T:g}/{a:g}": [1. + T * a + k, 0.1] for T in config.temperatures for a in config.alphas}
     sizes = {m: {"alone": arm(3. + k / 10), "distilled": arm(2. + k / 9)} for m in config.sizes}
     return dict(grid=grid, chosen="4/0.9", sizes=sizes, missing=dict(alone=0., distilled=50. + k))
