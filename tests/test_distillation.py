@@ -403,8 +403,9 @@ def test_vgg13(tmp_path):
 
 
 def test_soft_targets(tmp_path):
-    config = SoftTargetRun(dataset="digits", teacher=Course("lenet-5-small", epochs=2, lr=3e-3), student=Course("mlp-10", epochs=1, lr=3e-3),
-                         temperatures=(1., 4.), alphas=(0.5, 1.), sizes=("mlp-10",))
+    config = SoftTargetRun(dataset="digits", teacher=Course("lenet-5-small", epochs=2, lr=3e-3),
+                           student=Course("mlp-10", epochs=1, lr=3e-3),
+                           temperatures=(1., 4.), alphas=(0.5, 1.), sizes=("mlp-10",))
     metrics = run_soft_targets(config, 0, tmp_path, progress=False)
     assert set(metrics["grid"]) == {"1/0.5", "1/1", "4/0.5", "4/1"} and metrics["grid"][metrics["chosen"]] == min(metrics["grid"].values())
     assert metrics["missing"]["alone"] == 0 and set(metrics["sizes"]["mlp-10"]) == {"alone", "distilled"}
