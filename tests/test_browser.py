@@ -244,6 +244,7 @@ def test_the_drawing_is_read(visit):
         page.mouse.move(box["x"] + 140, box["y"] + y)
     page.mouse.up()
     assert says.inner_text().startswith("It reads 1") and page.faults == []
+    assert "266,610 parameters" in root.locator(".nn-facts").inner_text()
 
 
 def test_the_browser_computes_what_python_computes(visit, mnist_root, monkeypatch):

@@ -108,7 +108,7 @@
       if (!response.ok) throw new Error(`${file}: ${response.status}`);
       const buffer = await response.arrayBuffer(), begin = performance.now();
       tensors = nncomp.read(buffer);
-      const weights = Object.values(tensors).reduce((n, t) => n + t.data.length, 0);
+      const weights = Object.values(tensors).reduce((n, t) => n + t.shape.reduce((a, b) => a * b, 1), 0);
       facts.textContent = `What the network sees. It came in ${buffer.byteLength.toLocaleString("en")} bytes, which hold ${weights.toLocaleString("en")} parameters; ` +
         `this browser decoded them in ${Math.round(performance.now() - begin)} ms.`;
       root.dataset.ready = buffer.byteLength === bytes ? "yes" : "other";
