@@ -53,7 +53,7 @@ def component_log_densities(
     return mixture.log_mixing - 0.5 * (mixture.log_vars + math.log(2 * math.pi) + gap.square() * torch.exp(-mixture.log_vars))
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #e7aa7e98
-@njit(cache=True)
+@njit(cache=True, fastmath={"contract"})
 def _sweep(weights, low, per, cubic, moments, slopes):
     "Read each weight's slope from the cubic of its cell, and add 1, t, t², t³ to the cell's moments."
     for i in range(len(weights)):
@@ -235,9 +235,13 @@ def gamma_nll(
     rate:float,        # β, above 0; the precision's mean is α / β
 ) -> Tensor:           # scalar, nats
     "-Σ ln Gamma(1/σ²; α, β), a prior on precisions (@eq-soft-hyper)."
+    return (rate * torch.exp(-log_vars) + (shape - 1) * log_vars).sum() + log_vars.numel() * _gamma_constant(shape, rate)
+
+
+def _gamma_constant(shape, rate):
+    "What normalises a Gamma distribution, in nats; ValueError where there is none of these parameters."
     if not (0 < shape < math.inf and 0 < rate < math.inf): raise ValueError(f"shape and rate of a Gamma distribution must be above 0, got {shape} and {rate}")
-    constant = math.lgamma(shape) - shape * math.log(rate)
-    return (rate * torch.exp(-log_vars) + (shape - 1) * log_vars + constant).sum()
+    return math.lgamma(shape) - shape * math.log(rate)
 
 
 def beta_nll(
@@ -285,6 +289,9 @@ class SoftWeightSharing(nn.Module):
         if not 0 < std < math.inf: raise ValueError(f"std must be finite and above 0, got {std}")
         values = torch.cat([check_finite(p.detach(), name).float().flatten() for name, p in _prior_weights(model, biases).items()])
         self.zero_gamma, self.gamma, self.zero_beta, self.biases = zero_gamma, gamma, zero_beta, biases
+        priors = [zero_gamma, *[gamma] * (components - 1)]      # one for each component, evaluated together
+        self.gamma_constant = sum(_gamma_constant(*g) for g in priors if g is not None)
+        self.register_buffer("gammas", values.new_tensor([(0., 0.) if g is None else (g[0] - 1, g[1]) for g in priors]).T, persistent=False)
         self.means = nn.Parameter(_start_means(values, components - 1, init))
         self.log_vars = nn.Parameter(values.new_full((components,), 2 * math.log(std)))
         self.mixing_logits = nn.Parameter(values.new_zeros(components - 1))
@@ -299,9 +306,9 @@ class SoftWeightSharing(nn.Module):
         model:nn.Module,          # whose weights are judged; on the same device
     ) -> Tensor:                  # scalar, nats
         "-Σ ln p(w) - ln p(θ), what @eq-soft-loss multiplies by τ."
+        (less_one, rates), log_vars = self.gammas, self.log_vars                 # α - 1 and β, both 0 where there is no prior
         total = mixture_nll(list(_prior_weights(model, self.biases).values()), self.mixture())
-        for log_vars, prior in ((self.log_vars[:1], self.zero_gamma), (self.log_vars[1:], self.gamma)):
-            if prior is not None: total = total + gamma_nll(log_vars, *prior)
+        total = total + (rates * torch.exp(-log_vars) + less_one * log_vars).sum() + self.gamma_constant
         return total if self.zero_beta is None else total + beta_nll(self.zero_logit, *self.zero_beta)
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #2fb419ac
