@@ -691,15 +691,16 @@ def soft_curve_lenet_300_100(config:SoftCurve, seed:int, folder:Path) -> dict:
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #46eff8e1
 def _error_at(record, method, size):
-    "The test error of a method at a size, interpolated over log bytes; None outside its files."
-    points = sorted((arm["bytes"], arm["error_percent"]) for name, arm in record.metrics["arms"].items() if name.startswith(method))
-    sizes, errors = zip(*points)
+    "The test error of a method at a size, interpolated over log bytes between files that no smaller one beats on validation images; None outside them."
+    arms = [arm for name, arm in record.metrics["arms"].items() if name.startswith(method)]
+    useful = [a for a in arms if not any(b["bytes"] <= a["bytes"] and b["valid_error_percent"] < a["valid_error_percent"] for b in arms)]
+    sizes, errors = zip(*sorted((a["bytes"], a["error_percent"]) for a in useful))
     return float(np.interp(math.log(size), np.log(sizes), errors)) if sizes[0] <= size <= sizes[-1] else None
 
 
 def equal_bytes_table(
     root:str|Path|None=None,   # as for `results_root`
-    sizes:Sequence[int]=(8_000, 10_000, 12_000, 15_000, 20_000, 25_000),  # bytes
+    sizes:Sequence[int]=(7_000, 8_000, 10_000, 12_000, 15_000, 18_000),  # bytes
 ) -> "pandas.DataFrame":       # of text
     "Test error of both methods at equal bytes, and the paired difference."
     records, lines = load_records("soft-curve-lenet-300-100", root), []
