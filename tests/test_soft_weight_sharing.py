@@ -286,6 +286,9 @@ def test_tables_of_made_up_records(seeds, monkeypatch, tmp_path):
     def curve(k):
         arms = {f"soft-{i}": dict(bytes=5000 * 2**i, error_percent=3. - i + k / 100) for i in range(3)}
         arms |= {f"kmeans-{i}": dict(bytes=6000 * 2**i, error_percent=3.5 - i + k / 90) for i in range(3)}
+        arms["soft-dominated"] = dict(bytes=7000, error_percent=50.)     # larger than soft-0 and worse: nobody would use it
+        for arm in arms.values():
+            arm["valid_error_percent"] = arm["error_percent"]
         return dict(dense_error_percent=1., arms=arms)
 
     def cost(k):
@@ -302,6 +305,7 @@ def test_tables_of_made_up_records(seeds, monkeypatch, tmp_path):
     assert table["zeros, %"].iloc[0].startswith("98") and f"({seeds})" in table["file, B"].iloc[0]
     assert verdict.count("met") == 5 and "missed" not in verdict.splitlines()[0]
     assert equal["difference, points"].iloc[0].endswith("better" if seeds > 1 else "–")
+    assert all(float(cell.split()[0]) < 4 for cell in equal["soft weight sharing, error %"] if cell != "–")
     assert costs["faster by"].iloc[0].startswith("10") and costs["faster by"].iloc[2] == "–"
 
 
