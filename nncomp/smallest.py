@@ -196,6 +196,7 @@ class SmallestLeNet5(Smallest):
     "The same for Caffe's LeNet-5."
     model:str = "lenet-5"
     units:tuple[tuple[str, int], ...] = (("conv1", 8), ("conv2", 20), ("fc1", 32))
+    epochs:int = 24
     weights:int = 1_600
     share_epochs:int = 30
     share_lr:float = 1e-3
@@ -203,7 +204,7 @@ class SmallestLeNet5(Smallest):
 
 @experiment("smallest-lenet-5")
 def smallest_lenet_5(config:SmallestLeNet5, seed:int, folder:Path) -> dict:
-    "Caffe's LeNet-5 in as few bytes as this book can. `nncomp reproduce smallest-lenet-5`; about twenty minutes a seed on one CPU core."
+    "Caffe's LeNet-5 in as few bytes as this book can. `nncomp reproduce smallest-lenet-5`; about half an hour a seed on one CPU core."
     return run_smallest(config, seed, folder, teachers=_teachers(folder))
 
 # %% ../nbs/75_smallest.ipynb #8db15d29
