@@ -53,13 +53,16 @@ STYLE = {
     "axes.prop_cycle": mpl.cycler(color=list(COLOURS.values())), "image.cmap": "viridis", "lines.linewidth": 1.4, "lines.markersize": 4,
     "savefig.dpi": 144, "savefig.transparent": True, "svg.hashsalt": "nncomp", "svg.fonttype": "path",
 }
-_METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+_METADATA = {"svg": dict.fromkeys(("Date", "Creator", "Format", "Type")), "png": {"Software": None}}
 
 # %% ../nbs/05_plot.ipynb #5f3438d2
 def _compact(svg:str) -> str:
-    "The SVG without indentation, its paths on one line each and rounded to 0.01 pt."
-    def short(path): return re.sub(r"-?\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}", " ".join(path[0].split()))
-    svg = re.sub(r'(?<=\sd=")[^"]*', short, svg)
+    "The SVG without spaces that mean nothing; paths and places are rounded to 0.01 pt."
+    def short(numbers):
+        rounded = re.sub(r"-?\d+\.\d{3,}", lambda n: f"{float(n[0]):.2f}", " ".join(numbers[0].split()))
+        return re.sub(r" ?([MLQCz]) ?", r"\1", rounded)
+    svg = re.sub(r'(?<=\s[dxy]=")[^"]*|(?<=translate\()[^)]*', short, svg)
+    svg = re.sub(r'(?<=\sstyle=")[^"]*', lambda style: re.sub(r"(?<=[:;]) ", "", style[0]), svg)
     return re.sub(r">\s+<(?!g id)", "><", svg)
 
 

@@ -92,7 +92,8 @@ def test_compaction_moves_nothing_by_more_than_a_hundredth():
     with matplotlib.rc_context({"svg.hashsalt": "nncomp"}):
         fig.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     number = r"-?\d+\.?\d*"
-    before, after = ([float(n) for d in re.findall(r'\sd="([^"]*)"', s) for n in re.findall(number, d)]
+    places = r'\s[dxy]="([^"]*)"|translate\(([^)]*)\)'
+    before, after = ([float(n) for d in re.findall(places, s) for n in re.findall(number, " ".join(d))]
                      for s in (file.getvalue(), plot._compact(file.getvalue())))
     assert len(before) == len(after)
     assert np.abs(np.subtract(before, after)).max() <= 0.0051
