@@ -173,7 +173,7 @@ def offline(out):
         (out / "sitemap.xml").write_text(re.sub(r"\s*<lastmod>.*?</lastmod>", "", text), encoding="utf-8")
 
 
-def long_lines(out, most=60):
+def long_lines(out, most=40):
     """Mark the lines of code and output that may be wider than the page, with the number of blanks that they start with: the
     style sheet breaks them there, where it does. An output that is sentences, not columns, breaks at any width."""
     block = re.compile(r'<pre([^>]*)>(<code[^>]*>)(.*?)(</code></pre>)', re.S)
@@ -186,7 +186,7 @@ def long_lines(out, most=60):
     def one(m):  # a token that spans lines becomes one in each of them
         code = re.sub(r"(<span[^>]*>)([^<]*\n[^<]*)</span>", lambda t: "\n".join(f"{t[1]}{line}</span>" for line in t[2].split("\n")), m[3])
         prose = not m[1] and not re.search(r"^ |\S {2,}\S", html.unescape(code), re.M)
-        lines = code if prose else "\n".join(map(mark, code.split("\n")))
+        lines = "\n".join(map(mark, code.split("\n")))
         return "<pre" + (' class="nn-prose"' if prose else m[1]) + ">" + m[2] + lines + m[4]
 
     for path in sorted(out.rglob("*.html")):

@@ -14,6 +14,7 @@ OPTION = re.compile(r"^#\|[^\n]*\n?", re.M)
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 OURS = ("label", "fig-cap", "fig-alt", "tbl-cap")
 NUMBER = re.compile(r"[-−+<≤≥≈]?\s*(?:\d[\d.,\s±×→%()kKMGiBx/–-]*)?$")
+TICKS = re.compile(r"`([^`<>\n]+)`")
 PX = {"pt": 4 / 3, "px": 1, "in": 96, "": 1}
 
 
@@ -73,14 +74,15 @@ def picture(data, name, folder, alt):
 
 
 def clean_table(value):
-    "The tables of an output without pandas' scoped style and border, columns of numbers and of words marked, in a box that scrolls."
+    "The tables of an output without pandas' scoped style and border, columns of numbers and of words marked, in a box that scrolls; `x` is code."
     soup = BeautifulSoup(re.sub(r"<style scoped>.*?</style>", "", value, flags=re.S), "html.parser")
     for table in soup.find_all("table"):
         del table["border"]
         for row in table.select("thead tr"):
             del row["style"]
         mark_columns(table)
-    return f'<div class="sd-table" tabindex="0">{soup}</div>'
+    content = TICKS.sub(r"<code>\1</code>", str(soup))
+    return f'<div class="sd-table" tabindex="0">{content}</div>'
 
 
 def column_kind(texts):

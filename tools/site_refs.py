@@ -23,6 +23,7 @@ IN_CODE = re.compile(r"(?<![\w@/.\"'])@((?:fig|tbl|eq|sec)-[\w-]*\w)")
 OPTIONS = re.compile(r"^#\|.*$", re.M)
 CAPTION = re.compile(r"^#\|\s*(?:fig|tbl)-cap:.*(?:\n#\|\s{3,}.*)*", re.M)
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
+NESTED = re.compile(r"\[\[(`[^`\n]+`)\]\([^)\s]*\)\]\(([^)\s]*)\)")
 PRIVATE = re.compile(r"\[(`_\w+(?:\(\))?`)\]\([^)\s]*\)")
 SHOWN = re.compile(r"^show_doc\(([\w.]+)", re.M)
 DEFINED = re.compile(r"^(?:async )?(?:def|class) (\w+)", re.M)
@@ -135,11 +136,11 @@ def title_of(nb, page):
 
 
 def plain_links(nb):
-    "Make the Colab badge, a picture on another server, a link; and a private name, which has no entry to link to, plain code."
+    "Make the Colab badge, a picture on another server, a link; a private name, which has no entry, plain code; and of two links one."
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
             source = BADGE.sub(r"[Open in Colab](\1){.open-in-colab}", text_of(cell["source"]))
-            cell["source"] = PRIVATE.sub(r"\1", source)
+            cell["source"] = PRIVATE.sub(r"\1", NESTED.sub(r"[\1](\2)", source))
 
 
 def keep_together(nb):
