@@ -98,9 +98,12 @@ def mark_columns(table):
     rows = [row.find_all(["td", "th"]) for row in table.select("tbody tr")]
     heads = [row.find_all(["td", "th"]) for row in table.select("thead tr")[-1:]]
     for i in range(1, min(map(len, rows), default=0) + 1):
-        kind = column_kind([row[-i].get_text().strip() for row in rows])
+        texts = [row[-i].get_text().strip() for row in rows]
+        kind = column_kind(texts)
         for row in [r for r in rows + heads if len(r) >= i]:
             row[-i]["class"] = [*row[-i].get("class", []), *kind]
+            if "long" in kind and row in heads:
+                row[-i]["style"] = f"--most:{max(map(len, texts))}"  # characters, for the width
 
 
 def float_block(content, label, caption, number):
