@@ -176,7 +176,8 @@ def offline(out):
 def long_lines(out, most=40):
     """Mark the lines of code and output that may be wider than the page, with the number of blanks that they start with: the
     style sheet breaks them there, where it does. An output that is sentences, not columns, breaks at any width."""
-    block = re.compile(r'<pre([^>]*)>(<code[^>]*>)(.*?)(</code></pre>)', re.S)
+    block = re.compile(r"<pre([^>]*)>(<code[^>]*>)(.*?)(</code></pre>)", re.S)
+    split = re.compile(r"(<span[^>]*>)([^<]*\n[^<]*)</span>")
 
     def mark(line):
         text = html.unescape(re.sub(r"<[^>]*>", "", line))
@@ -184,7 +185,7 @@ def long_lines(out, most=40):
         return f'<span class="nn-long" style="--blanks:{blanks}">{line}</span>' if len(text) > most else line
 
     def one(m):  # a token that spans lines becomes one in each of them
-        code = re.sub(r"(<span[^>]*>)([^<]*\n[^<]*)</span>", lambda t: "\n".join(f"{t[1]}{line}</span>" for line in t[2].split("\n")), m[3])
+        code = split.sub(lambda t: "\n".join(f"{t[1]}{line}</span>" for line in t[2].split("\n")), m[3])
         prose = not m[1] and not re.search(r"^ |\S {2,}\S", html.unescape(code), re.M)
         lines = "\n".join(map(mark, code.split("\n")))
         return "<pre" + (' class="nn-prose"' if prose else m[1]) + ">" + m[2] + lines + m[4]

@@ -74,7 +74,7 @@ def picture(data, name, folder, alt):
 
 
 def clean_table(value):
-    "The tables of an output without pandas' scoped style and border, columns of numbers and of words marked, in a box that scrolls; `x` is code."
+    "The tables of an output without pandas' scoped style and border, columns marked, in a box that scrolls; `x` is code."
     soup = BeautifulSoup(re.sub(r"<style scoped>.*?</style>", "", value, flags=re.S), "html.parser")
     for table in soup.find_all("table"):
         del table["border"]

@@ -83,7 +83,8 @@ def space_functions(formula):
         if whole.parent.name not in ("mrow", "mtd", "semantics"):
             continue
         before, after = whole.find_previous_sibling(), whole.find_next_sibling()
-        if before is not None and before.name != "mspace" and (before.name != "mo" or before.get("form") == "postfix") and before.get_text() not in "−/+,=":
+        operand = before is not None and (before.name != "mo" or before.get("form") == "postfix") and before.get_text() not in "−/+,="
+        if operand and before.name != "mspace":
             whole.insert_before(soup.new_tag("mspace", width="0.167em"))
         if after is not None and after.name != "mspace" and after.get("form") != "prefix":
             whole.insert_after(soup.new_tag("mspace", width="0.167em"))
