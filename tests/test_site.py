@@ -165,6 +165,37 @@ def test_columns_of_numbers_are_marked():
     assert done.count('class="num"') == 3 and '<th class="num">bytes</th>' in done and "border" not in done
 
 
+def test_columns_of_words_may_break_and_code_is_code():
+    rows = "".join(f"<tr><td>{text}</td><td>1</td></tr>" for text in ("a network of some length", "`save`"))
+    done = site_cells.clean_table(f"<table><thead><tr><th>what</th><th>n</th></tr></thead><tbody>{rows}</tbody></table>")
+    assert '<th class="words long" style="--most:24">' in done and "<code>save</code>" in done
+
+
+def test_functions_have_thin_spaces_and_an_index_none():
+    done = site_pandoc.mathml([(r"n \log k", "inline"), (r"\log(k)", "inline"), (r"\eta_{\max}", "inline")], [])
+    assert [v.count("mspace width") for v in done.values()] == [2, 0, 0]
+
+
+def test_prose_keeps_units_and_code_spells_labels():
+    cells = [{"cell_type": "markdown", "source": "---\ntitle: One\n---"},
+             {"cell_type": "markdown", "source": "$$x$$ {#eq-a}\n\n95 % of 28 × 28, [[`fit`](https://a.example)](b.ipynb)"},
+             {"cell_type": "code", "source": "#| fig-cap: as in @eq-a\nx = 1  # @eq-a", "outputs": []}]
+    site_refs.prepare({"one": {"cells": cells}}, [], here=False)
+    assert "95\u00a0% of 28\u00a0×\u00a028, [`fit`](b.ipynb)" in cells[1]["source"]
+    assert cells[2]["source"] == "#| fig-cap: as in @eq-a\nx = 1  # Equation 1"
+
+
+def test_long_lines_are_marked_line_by_line(tmp_path):
+    long = "x" * 50
+    page = f'<pre class="a"><code class="sourceCode python">  f()\n    <span class="st">{long}\n{long}</span></code></pre>'
+    page += f'<pre><code>{long} y</code></pre>'
+    (tmp_path / "a.html").write_text(page)
+    build_site.long_lines(tmp_path)
+    done = (tmp_path / "a.html").read_text()
+    assert re.sub("<[^>]*>", "", done) == re.sub("<[^>]*>", "", page)  # the text is what it was
+    assert done.count(f'<span class="st">{long}</span></span>') == 2 and "--blanks:4" in done and '<pre class="nn-prose">' in done
+
+
 def test_of_a_mixed_cell_only_the_imports_run():
     def cell(source, *marks):
         return SimpleNamespace(cell_type="code", source=source, directives_=dict.fromkeys(marks), parsed_=lambda: ast.parse(source).body)

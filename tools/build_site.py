@@ -8,6 +8,7 @@ Anything broken or unresolved is listed, and the exit status is 1.
 """
 import argparse
 import ast
+import html
 import json
 import os
 import re
@@ -25,6 +26,9 @@ from site_refs import prepare
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("bibliography", "link-citations", "crossref", "execute", "html-math-method", "lightbox")  # done here, not by smalldocs
 FONT = re.compile(r"""@import\s+(?:url\(\s*)?(["']?)https?://[^"')]*\1\)?;?""")
+BESIDE = re.compile(  # a formula with what must not begin the next line, or end the one before
+    r'(?:(?<=[\s>])[(\[“])?(?P<maths><math display="inline"(?:(?!</math>).)*</math>)(?:[.,;:!?)\]”’%]+|-\w+|th\b)'
+    r'|(?<=[\s>])[(\[“](?P<alone><math display="inline"(?:(?!</math>).)*</math>)', re.S)
 REMOTE = re.compile(r'<(?:script|link(?=[^>]*rel="stylesheet"))\b[^>]*\s(?:href|src)="https?://[^"]*"[^>]*>(?:</script>)?\n?')
 
 
@@ -169,6 +173,27 @@ def offline(out):
         (out / "sitemap.xml").write_text(re.sub(r"\s*<lastmod>.*?</lastmod>", "", text), encoding="utf-8")
 
 
+def long_lines(out, most=40):
+    """Mark the lines of code and output that may be wider than the page, with the number of blanks that they start with: the
+    style sheet breaks them there, where it does. An output that is sentences, not columns, breaks at any width."""
+    block = re.compile(r"<pre([^>]*)>(<code[^>]*>)(.*?)(</code></pre>)", re.S)
+    split = re.compile(r"(<span[^>]*>)([^<]*\n[^<]*)</span>")
+
+    def mark(line):
+        text = html.unescape(re.sub(r"<[^>]*>", "", line))
+        blanks = len(text) - len(text.lstrip(" "))
+        return f'<span class="nn-long" style="--blanks:{blanks}">{line}</span>' if len(text) > most else line
+
+    def one(m):  # a token that spans lines becomes one in each of them
+        code = split.sub(lambda t: "\n".join(f"{t[1]}{line}</span>" for line in t[2].split("\n")), m[3])
+        prose = not m[1] and not re.search(r"^ |\S {2,}\S", html.unescape(code), re.M)
+        lines = "\n".join(map(mark, code.split("\n")))
+        return "<pre" + (' class="nn-prose"' if prose else m[1]) + ">" + m[2] + lines + m[4]
+
+    for path in sorted(out.rglob("*.html")):
+        path.write_text(block.sub(one, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def accessible(out):
     "Let the keyboard reach what scrolls or folds: boxes of code, formulas, and the headings of callouts."
     press = "if(event.key==='Enter'||event.key===' '){this.click();event.preventDefault()}"
@@ -203,14 +228,13 @@ def own_links(out, site_url):
 
 
 def write_maths(out, problems):
-    "Put MathML in place of the TeX that smalldocs leaves for a script."
-    import html
-
+    "Put MathML in place of the TeX that smalldocs leaves for a script; the punctuation around a formula stays on its line."
     pages = {path: path.read_text(encoding="utf-8") for path in sorted(out.rglob("*.html"))}
     formulas = {(html.unescape(m[2]), m[1]): None for text in pages.values() for m in MATHS.finditer(text)}
     done = mathml(list(formulas), problems) if formulas else {}
     for path, text in pages.items():
-        path.write_text(MATHS.sub(lambda m: done[html.unescape(m[2]), m[1]], text), encoding="utf-8")
+        text = MATHS.sub(lambda m: done[html.unescape(m[2]), m[1]], text)
+        path.write_text(BESIDE.sub(r'<span class="nn-together">\g<0></span>', text), encoding="utf-8")
 
 
 def build(root, renderer, keep=False):
@@ -228,6 +252,7 @@ def build(root, renderer, keep=False):
         render_smalldocs(folder, config, notebooks, problems)
         write_maths(folder / "_docs", problems)
         enlargeable(folder / "_docs")
+        long_lines(folder / "_docs")
     out = root / "_docs"
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(folder / config["project"]["output-dir"], out)

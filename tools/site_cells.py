@@ -14,6 +14,7 @@ OPTION = re.compile(r"^#\|[^\n]*\n?", re.M)
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 OURS = ("label", "fig-cap", "fig-alt", "tbl-cap")
 NUMBER = re.compile(r"[-−+<≤≥≈]?\s*(?:\d[\d.,\s±×→%()kKMGiBx/–-]*)?$")
+TICKS = re.compile(r"`([^`<>\n]+)`")
 PX = {"pt": 4 / 3, "px": 1, "in": 96, "": 1}
 
 
@@ -73,24 +74,36 @@ def picture(data, name, folder, alt):
 
 
 def clean_table(value):
-    "The tables of an output without pandas' scoped style and border, columns of numbers marked, in a box that scrolls."
+    "The tables of an output without pandas' scoped style and border, columns marked, in a box that scrolls; `x` is code."
     soup = BeautifulSoup(re.sub(r"<style scoped>.*?</style>", "", value, flags=re.S), "html.parser")
     for table in soup.find_all("table"):
         del table["border"]
         for row in table.select("thead tr"):
             del row["style"]
-        mark_numbers(table)
-    return f'<div class="sd-table" tabindex="0">{soup}</div>'
+        mark_columns(table)
+    content = TICKS.sub(r"<code>\1</code>", str(soup))
+    return f'<div class="sd-table" tabindex="0">{content}</div>'
 
 
-def mark_numbers(table):
-    "Give the class `num` to the cells and the heading of each column of numbers, counted from the right."
+def column_kind(texts):
+    "Classes of a column with these cells: `num`, or `words` where most signs are letters, and `long` where these may break."
+    if all(map(NUMBER.match, texts)):
+        return ["num"]
+    letters = sum(c.isalpha() or c.isspace() for text in texts for c in text)
+    return (["words"] + ["long"] * (max(map(len, texts)) > 18)) if 2 * letters > sum(map(len, texts)) else []
+
+
+def mark_columns(table):
+    "Give the cells and the heading of each column, counted from the right, the classes of what it holds."
     rows = [row.find_all(["td", "th"]) for row in table.select("tbody tr")]
     heads = [row.find_all(["td", "th"]) for row in table.select("thead tr")[-1:]]
     for i in range(1, min(map(len, rows), default=0) + 1):
-        if all(NUMBER.match(row[-i].get_text().strip()) for row in rows):
-            for row in [r for r in rows + heads if len(r) >= i]:
-                row[-i]["class"] = [*row[-i].get("class", []), "num"]
+        texts = [row[-i].get_text().strip() for row in rows]
+        kind = column_kind(texts)
+        for row in [r for r in rows + heads if len(r) >= i]:
+            row[-i]["class"] = [*row[-i].get("class", []), *kind]
+            if "long" in kind and row in heads:
+                row[-i]["style"] = f"--most:{max(map(len, texts))}"  # characters, for the width
 
 
 def float_block(content, label, caption, number):

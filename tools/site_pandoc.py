@@ -4,8 +4,10 @@ import re
 import subprocess
 
 import pypandoc
+from bs4 import BeautifulSoup
 from site_refs import rewrite
 
+APPLY = "\u2061"  # the sign between a function and its argument
 KEY = r"(?!(?:fig|tbl|eq|sec)-)[A-Za-z0-9_](?:[\w:.+/-]*\w)?"
 CITATION = re.compile(
     rf"\[[^\[\]]*?(?<![\w@])-?@{KEY}[^\[\]]*\](?!\()"      # [see @key, p. 3; @other]
@@ -65,4 +67,25 @@ def mathml(formulas, problems):
     document = json.dumps({"pandoc-api-version": [1, 23], "meta": {}, "blocks": blocks})
     out, warnings = pandoc(document, "-f", "json", "-t", "html", "--mathml", "--wrap=none")
     problems += [f"maths: {w}" for w in re.findall(r"Could not convert TeX math.*?(?=\[WARNING\]|\Z)", warnings, re.S)]
-    return dict(zip(formulas, re.findall(r"<p>(.*?)</p>", out, re.S), strict=True))
+    return dict(zip(formulas, map(space_functions, re.findall(r"<p>(.*?)</p>", out, re.S)), strict=True))
+
+
+def space_functions(formula):
+    "Thin spaces around log, max and their like, as in TeX: browsers set `n log k` without any."
+    soup = BeautifulSoup(formula, "html.parser")
+    for name in soup.find_all("mi", mathvariant="normal"):
+        sign = name.find_next_sibling()
+        if sign is None or sign.name != "mo" or sign.get_text() != APPLY:
+            continue
+        whole = name.parent
+        while whole.parent.name in ("msub", "msup", "msubsup", "munder") and whole.parent.find() is whole:
+            whole = whole.parent
+        if whole.parent.name not in ("mrow", "mtd", "semantics"):
+            continue
+        before, after = whole.find_previous_sibling(), whole.find_next_sibling()
+        operand = before is not None and (before.name != "mo" or before.get("form") == "postfix") and before.get_text() not in "−/+,="
+        if operand and before.name != "mspace":
+            whole.insert_before(soup.new_tag("mspace", width="0.167em"))
+        if after is not None and after.name != "mspace" and after.get("form") != "prefix":
+            whole.insert_after(soup.new_tag("mspace", width="0.167em"))
+    return str(soup)

@@ -4,6 +4,7 @@ A label is Quarto's: `{#eq-x}` after an equation, `{#sec-x}` after a heading, `#
 within a chapter. Quarto resolves `@eq-x` inside one page of a website only, so a reference to another chapter, and to any
 section, becomes an ordinary link here, whichever renderer follows.
 """
+import functools
 import re
 from typing import NamedTuple
 
@@ -18,11 +19,16 @@ CELL_LABEL = re.compile(r"^#\|\s*label:\s*((fig|tbl)-[\w-]+)\s*$", re.M)
 HEADING = re.compile(r"^#+\s+(.*?)\s*\{#(sec-[\w-]+)[^}]*\}", re.M)
 NAME = r"-?@(?:fig|tbl|eq|sec)-[\w-]*\w"
 REFERENCE = re.compile(rf"\[((?:{NAME}[;,]?\s*)+)\](?!\()|(?<![\w@/.]){NAME}")
+IN_CODE = re.compile(r"(?<![\w@/.\"'])@((?:fig|tbl|eq|sec)-[\w-]*\w)")
+OPTIONS = re.compile(r"^#\|.*$", re.M)
 CAPTION = re.compile(r"^#\|\s*(?:fig|tbl)-cap:.*(?:\n#\|\s{3,}.*)*", re.M)
 BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\(([^)]*)\)")
+NESTED = re.compile(r"\[\[(`[^`\n]+`)\]\([^)\s]*\)\]\(([^)\s]*)\)")
 PRIVATE = re.compile(r"\[(`_\w+(?:\(\))?`)\]\([^)\s]*\)")
 SHOWN = re.compile(r"^show_doc\(([\w.]+)", re.M)
 DEFINED = re.compile(r"^(?:async )?(?:def|class) (\w+)", re.M)
+UNITS = re.compile(r"(?<=\d) (?=(?:%|×|[kKMG]i?B\b))|(?<=×) (?=\d)|(?<=\d, (?:sec|fig)\.) (?=\d)|(?<=\d, eq\.) (?=\d)")
+LINKED = re.compile(r"\[(`[\w.]+`)\]\(https?://[^)\s]*\)")
 SIGNATURE = re.compile(r"```python\n.*?\n```\n+", re.S)
 
 
@@ -110,6 +116,17 @@ def resolve(page, nb, labels, titles, problems, here):
         return m[0] if all(n.lstrip("-").startswith("@") for n in done) else ", ".join(done)
 
     rewrite(nb, change)
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            change = functools.partial(IN_CODE.sub, lambda m: spelled(m, labels, page, titles))
+            cell["source"] = outside(OPTIONS, change, text_of(cell["source"]))
+
+
+def spelled(m, labels, page, titles):
+    "A label in a comment or docstring as a reader of the code would say it: `Equation 2`."
+    if (target := labels.get(m[1])) is None or target.kind not in WORDS:
+        return m[0]
+    return f"{WORDS[target.kind]} {target.text}" + (f" in {titles[target.page]}" if target.page != page else "")
 
 
 def title_of(nb, page):
@@ -119,11 +136,16 @@ def title_of(nb, page):
 
 
 def plain_links(nb):
-    "Make the Colab badge, a picture on another server, a link; and a private name, which has no entry to link to, plain code."
+    "Make the Colab badge, a picture on another server, a link; a private name, which has no entry, plain code; and of two links one."
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
             source = BADGE.sub(r"[Open in Colab](\1){.open-in-colab}", text_of(cell["source"]))
-            cell["source"] = PRIVATE.sub(r"\1", source)
+            cell["source"] = PRIVATE.sub(r"\1", NESTED.sub(r"[\1](\2)", source))
+
+
+def keep_together(nb):
+    "No line ends between a number and its unit, or within `28 × 28`."
+    rewrite(nb, lambda text: UNITS.sub("\u00a0", text))
 
 
 def tidy_api(nb):
@@ -132,7 +154,8 @@ def tidy_api(nb):
     shown = {m[1]: c for c in cells if c["cell_type"] == "code" and (m := SHOWN.search(text_of(c["source"])))}
     for entry in shown.values():
         for data in (o.get("data", {}) for o in entry["outputs"]):
-            data["text/markdown"] = re.sub(r"^---\n+", "", text_of(data.get("text/markdown")))
+            text = re.sub(r"^---\n+", "", text_of(data.get("text/markdown")))
+            data["text/markdown"] = SIGNATURE.sub(lambda m: LINKED.sub(r"\1", m[0]), text)  # code has no links
     for cell in [c for c in cells if c["cell_type"] == "code" and "Exported source" in text_of(c["source"])]:
         entries = [shown[n] for n in DEFINED.findall(text_of(cell["source"])) if n in shown]
         for entry in entries:
@@ -149,6 +172,7 @@ def prepare(notebooks, problems, here):
     titles = {page: title_of(nb, page) for page, nb in notebooks.items()}
     for page, nb in notebooks.items():
         plain_links(nb)
+        keep_together(nb)
         tidy_api(nb)
         resolve(page, nb, labels, titles, problems, here)
     return labels

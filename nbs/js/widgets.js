@@ -34,7 +34,7 @@
     root.append(element("label", {class: "nn-control"}, element("span", {}, label), select));
     return select;
   }
-  function axis(svg, low, high, y, count, text = v => v.toFixed(3)) {
+  function axis(svg, low, high, y, count, text = v => v.toFixed(3).replace("-", "−")) {
     for (let i = 0; i <= count; i++) {
       const x = 20 + (WIDTH - 40) * i / count;
       shape(svg, "text", {x, y, "text-anchor": "middle", class: "nn-tick"}, text(low + (high - low) * i / count));
