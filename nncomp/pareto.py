@@ -132,15 +132,15 @@ def dense_size(
 
 PAPERS = [Paper("LeNet-300-100", *rest, **at) for *rest, at in (
     ("Deep Compression", "han2015deep", 1.58, "computed", dict(ratio=40, at=(5, -10))),
-    ("soft weight sharing", "ullrich2017soft", 1.94, "computed", dict(ratio=64)),
-    ("EPR", "oktay2020scalable", 1.9, "bitstream", dict(size=8_560, at=(0, -13))))]
+    ("soft weight sharing", "ullrich2017soft", 1.94, "computed", dict(ratio=64, at=(6, 3))),
+    ("EPR", "oktay2020scalable", 1.9, "bitstream", dict(size=8_560, at=(-15, -3))))]
 PAPERS += [Paper("LeNet-5 (Caffe)", *rest, **at) for *rest, at in (
     ("Deep Compression", "han2015deep", 0.74, "computed", dict(ratio=39, at=(5, -10))),
     ("soft weight sharing", "ullrich2017soft", 0.97, "computed", dict(ratio=162, at=(5, -10))),
-    ("Sparse VD", "molchanov2017variational", 1.0, "fixed point", dict(ratio=228, at=(-6, 18))),
-    ("BC-GNJ", "louizos2017bayesian", 1.0, "fixed point", dict(ratio=361)),
-    ("BC-GHS", "louizos2017bayesian", 1.0, "fixed point", dict(ratio=419, at=(0, -22))),
-    ("BC-GHS, codebook", "louizos2017bayesian", 1.0, "computed", dict(ratio=771, at=(4, 29))),
+    ("Sparse VD", "molchanov2017variational", 1.0, "fixed point", dict(ratio=228, at=(3, 6))),
+    ("BC-GNJ", "louizos2017bayesian", 1.0, "fixed point", dict(ratio=361, at=(2, -11))),
+    ("BC-GHS", "louizos2017bayesian", 1.0, "fixed point", dict(ratio=419, at=(0, 8))),
+    ("BC-GHS, codebook", "louizos2017bayesian", 1.0, "computed", dict(ratio=771, at=(0, 20))),
     ("EPR", "oktay2020scalable", 1.0, "bitstream", dict(ratio=606, at=(0, -13))),
     ("MIRACLE", "havasi2019minimal", 0.96, "bitstream", dict(ratio=1110, at=(0, -13))))]
 

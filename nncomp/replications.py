@@ -172,7 +172,7 @@ def _held(model, names):
 
 # %% ../nbs/45_replications.ipynb #03b747cb
 def train_and_prune(
-    config:Report003,       # what to do
+    config:Report003,     # what to do
     data:Data,            # trains on its training split
     seed:int,             # initial weights and order of the images
     folder:Path,          # checkpoints go here
@@ -259,7 +259,7 @@ def _share_in_every_way(config, pruned, data, seed, folder, progress):
 
 # %% ../nbs/45_replications.ipynb #1dc19320
 def run_report003(
-    config:Report003,       # what to do
+    config:Report003,     # what to do
     seed:int,             # initial weights, order of the images, random starts
     folder:str|Path,      # checkpoints, results of each variant and the pruned net go here
     *,
