@@ -188,7 +188,7 @@ def test_centroids_come_to_rest(visit):
         slide(page, root, 3)
         assert "nothing moves any more" in says.inner_text() and root.locator("path.nn-mark").count() == 8
         ratio = float(says.inner_text().split("error ")[1].split(", ")[1].split(" times")[0])
-        assert 0.999 <= ratio < 2
+        assert 0.999 <= ratio and (ratio < 2 or start == "random")  # a random start may come to rest in a bad place
     assert page.faults == []
 
 
