@@ -65,7 +65,7 @@ def copy_repository(folder, notebooks=None):
 def run_build(folder):
     "Build the copy in a process of its own."
     command = [sys.executable, str(ROOT / "tools" / "build_site.py"), "--root", str(folder), "--renderer", "smalldocs"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")
