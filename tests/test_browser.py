@@ -183,7 +183,7 @@ def test_a_threshold_takes_weights(visit):
 def test_centroids_come_to_rest(visit):
     page = visit("kmeans", motion="reduce")
     root, says = piece(page, "centroids")
-    page.evaluate("let s = 1; Math.random = () => (s = s * 16807 % 2147483647) / 2147483647")  # a random start is one and the same each time
+    page.evaluate("let s = 1; Math.random = () => (s = s * 16807 % 2147483647) / 2147483647")  # the same start each time
     for start in ("linear", "density", "random"):
         root.locator("select").select_option(start)
         slide(page, root, 3)
