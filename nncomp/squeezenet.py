@@ -561,7 +561,7 @@ class Miniature:
     plan:tuple                # of `fire_net`
     dataset:str = "cifar10"   # a name of `load_data`
     bypass:bool = False       # around Fire modules with as many maps in as out
-    training:Training = Training(6, 5e-3)
+    training:Training = Training(4, 5e-3)
 
     def net(self, num_classes:int=10) -> nn.Sequential:  # for 32 × 32 images
         "The network, with batch normalisation."
@@ -601,7 +601,7 @@ QUESTIONS = {
         "more": Miniature(BASE), "as many": Miniature((*BASE[:3], (14, 56, 56), (14, 56, 56), "M", (14, 56, 56), (14, 56, 56), "M", (14, 56, 56))),
         "fewer": Miniature((*BASE[:3], (20, 80, 80), (16, 64, 64), "M", (14, 56, 56), (10, 40, 40), "M", (8, 32, 32)))},
     "width by data set": {f"{label}, width {w:g}": Miniature(widened(BASE, w), dataset, training=Training(epochs, 5e-3))
-                          for dataset, label, epochs in (("mnist", "MNIST", 2), ("cifar10", "CIFAR-10", 6)) for w in (1, 0.5, 2)},
+                          for dataset, label, epochs in (("mnist", "MNIST", 2), ("cifar10", "CIFAR-10", 4)) for w in (1, 0.5, 2)},
     "Fire early or late": {"no Fire module": Miniature(_CONVS), "early": Miniature((*_CONVS[:3], (8, 32, 32), (8, 32, 32), *_CONVS[7:])),
                            "late": Miniature((*_CONVS[:8], (16, 64, 64), (16, 64, 64), "M"))},
     "5 × 5 or two of 3 × 3": {"5 × 5": Miniature((("conv", 32, 5, 1, 2), "M", "R", ("conv", 64, 5, 1, 2), "R", "M", *_TAIL)),
@@ -637,7 +637,7 @@ def run_miniature(
 
 @experiment("fire-miniatures", configs=MINIATURES)
 def fire_miniatures(config:Miniature, seed:int, folder:Path) -> dict:
-    "Report 004's observations and the paper's strategies (Iandola et al. 2016, §5) in miniature. `nncomp reproduce fire-miniatures --seeds 3`; about three hours a seed on one CPU core, by an estimate from the multiplications."
+    "Report 004's observations and the paper's strategies (Iandola et al. 2016, §5) in miniature. `nncomp reproduce fire-miniatures --seeds 3`; about an hour and a half a seed on one CPU core."
     return run_miniature(config, seed, folder)
 
 # %% ../nbs/50_squeezenet.ipynb #b4c4f781
