@@ -140,9 +140,9 @@ def _base(root:str|os.PathLike|None) -> Path:
 
 
 def _reads(root:str|os.PathLike|None) -> Path:
-    "The folder to read results/ and models/ from: the same, or what an installed package brings where that has none."
+    "The folder to read results/ and models/ from: the same, or what an installed package brings where that has no record."
     base, brought = _base(root), Path(importlib.import_module("nncomp").__path__[0]) / "_book"
-    own = root or os.environ.get("NNCOMP_RESULTS") or (base / "results").is_dir() or not brought.is_dir()
+    own = root or os.environ.get("NNCOMP_RESULTS") or any((base / "results").glob("*/*/seed-*.json")) or not brought.is_dir()
     return base if own else brought
 
 # %% ../nbs/06_results.ipynb #0942e4e0

@@ -145,9 +145,17 @@ def test_interrupted_run_leaves_nothing(tmp_path, kill):
     assert [p.name for p in tmp_path.iterdir()] == ["big.pt"]
 
 
-def test_interrupted_demo_is_taken_up_again(tmp_path):
-    whole = nncomp("demo", "--json", "-o", "whole.nncomp", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
+def test_demo_prints_one_object_and_is_taken_up_again(tmp_path):
+    (tmp_path / "whole").mkdir()
+    done = nncomp("demo", "--json", cwd=tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+    result, whole = json.loads(done.stdout), tmp_path / "whole" / "demo.nncomp"
+    assert result["file"] == whole.name and result["file_bytes"] == whole.stat().st_size
+    assert result["dense_bytes"] == 1_066_440 and result["ratio"] > 20
+    assert result["file_error_percent"] < 10
+    assert (whole.parent / result["report"]).read_text().count("<svg") == 3
+    assert sorted(p.name for p in whole.parent.iterdir()) == ["demo.html", "demo.nncomp"]
+
     (tmp_path / "runs").mkdir()
     args = [COMMAND, "demo", "--json", "--folder", "runs", "-o", "cut.nncomp"]
     run = subprocess.Popen(args, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -159,18 +167,7 @@ def test_interrupted_demo_is_taken_up_again(tmp_path):
     assert not list(tmp_path.glob("cut*")) and not list(tmp_path.glob(".*.part"))
     again = nncomp(*args[1:], cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "cut.nncomp").read_bytes() == (tmp_path / "whole.nncomp").read_bytes()
-
-
-def test_demo_prints_one_object(tmp_path):
-    done = nncomp("demo", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["file_bytes"] == (tmp_path / result["file"]).stat().st_size
-    assert result["dense_bytes"] == 1_066_440 and result["ratio"] > 20
-    assert result["file_error_percent"] < 10
-    assert (tmp_path / result["report"]).read_text().count("<svg") == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["demo.html", "demo.nncomp"]
+    assert (tmp_path / "cut.nncomp").read_bytes() == whole.read_bytes()
 
 
 def test_a_sharded_checkpoint_is_one_file(folder, tmp_path):

@@ -13,6 +13,7 @@ from nncomp.data import load_data
 from nncomp.distillation import Course
 from nncomp.models import create_model
 from nncomp.neurons import hidden_layers, remove_neurons
+from nncomp.results import load_records, shipped
 from nncomp.smallest import Smallest, SmallestLeNet5, narrow_net, run_smallest, smallest_table, sort_units, widen
 from nncomp.training import evaluate
 
@@ -112,3 +113,12 @@ def test_the_table_waits_for_records(tmp_path):
 
 def test_configurations_differ_where_they_should():
     assert SmallestLeNet5().model == "lenet-5" and {n for n, _ in SmallestLeNet5().units} == set(hidden_layers(create_model("lenet-5")))
+
+
+@pytest.mark.parametrize(("name", "net"), [("smallest-lenet-300-100", "LeNet-300-100"), ("smallest-lenet-5", "LeNet-5 (Caffe)")])
+def test_validation_images_choose_the_shipped_file(name, net):
+    records, (ready, path) = load_records(name), shipped(name)
+    assert len(records) >= 5 and ready.metrics["valid_error_percent"] == min(r.metrics["valid_error_percent"] for r in records)
+    line = smallest_table().set_index("network").loc[net].iloc[-1]
+    assert line["source"] == "ours, the shipped file" and line["bytes"] == f"{path.stat().st_size:,} B"
+    assert float(line["test error, %"]) == ready.metrics["file_error_percent"]
