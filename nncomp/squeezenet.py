@@ -544,7 +544,7 @@ def squeezed_table(
     "Accuracy and bytes of the dense and the squeezed networks and their files, beside report 004; the last columns pair each with the dense network."
     if name not in REPORT_004: raise ValueError(f"name must be one of {', '.join(REPORT_004)}, got {name!r}")
     records, lines = load_records(name, root), []
-    rows = [row for row in _ROWS if not records or row in records[0].metrics["error_percent"]]
+    rows = [row for row in _ROWS if row in (records[0].metrics["error_percent"] if records else REPORT_004[name])]
     accuracy = lambda r, row: 100 - r.metrics["error_percent"][row]
     for row in rows:
         line = {"network": _ROWS[row], "report 004: accuracy, %, and size": REPORT_004[name].get(row, "–")}

@@ -188,12 +188,13 @@ def test_prose_keeps_units_and_code_spells_labels():
 def test_long_lines_are_marked_line_by_line(tmp_path):
     long = "x" * 50
     page = f'<pre class="a"><code class="sourceCode python">  f()\n    <span class="st">{long}\n{long}</span></code></pre>'
-    page += f'<pre><code>{long} y</code></pre>'
+    page += f'<pre><code>{long} y</code></pre><pre><code>a    {long}\nbb   1</code></pre>'
     (tmp_path / "a.html").write_text(page)
     build_site.long_lines(tmp_path)
     done = (tmp_path / "a.html").read_text()
     assert re.sub("<[^>]*>", "", done) == re.sub("<[^>]*>", "", page)  # the text is what it was
     assert done.count(f'<span class="st">{long}</span></span>') == 2 and "--blanks:4" in done and '<pre class="nn-prose">' in done
+    assert f'<pre class="nn-columns"><code>a    {long}\nbb   1</code></pre>' in done  # columns stay whole
 
 
 def test_of_a_mixed_cell_only_the_imports_run():

@@ -175,7 +175,7 @@ def offline(out):
 
 def long_lines(out, most=40):
     """Mark the lines of code and output that may be wider than the page, with the number of blanks that they start with: the
-    style sheet breaks them there, where it does. An output that is sentences, not columns, breaks at any width."""
+    style sheet breaks them there, where it does. An output that is sentences breaks at any width, one of columns at none."""
     block = re.compile(r"<pre([^>]*)>(<code[^>]*>)(.*?)(</code></pre>)", re.S)
     split = re.compile(r"(<span[^>]*>)([^<]*\n[^<]*)</span>")
 
@@ -186,9 +186,9 @@ def long_lines(out, most=40):
 
     def one(m):  # a token that spans lines becomes one in each of them
         code = split.sub(lambda t: "\n".join(f"{t[1]}{line}</span>" for line in t[2].split("\n")), m[3])
-        prose = not m[1] and not re.search(r"^ |\S {2,}\S", html.unescape(code), re.M)
+        if not m[1] and re.search(r"^ |\S {2,}\S", html.unescape(code), re.M): return f'<pre class="nn-columns">{m[2]}{code}{m[4]}'
         lines = "\n".join(map(mark, code.split("\n")))
-        return "<pre" + (' class="nn-prose"' if prose else m[1]) + ">" + m[2] + lines + m[4]
+        return "<pre" + (m[1] or ' class="nn-prose"') + ">" + m[2] + lines + m[4]
 
     for path in sorted(out.rglob("*.html")):
         path.write_text(block.sub(one, path.read_text(encoding="utf-8")), encoding="utf-8")
