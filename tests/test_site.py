@@ -171,6 +171,12 @@ def test_columns_of_words_may_break_and_code_is_code():
     assert '<th class="words long" style="--most:24">' in done and "<code>save</code>" in done
 
 
+def test_an_interval_stays_on_one_line():
+    rows = "".join(f"<tr><td>{a}</td><td>{b}</td></tr>" for a, b in (("x", "+0.03 [-0.35, +0.40] no difference"), ("y", "")))
+    done = site_cells.clean_table(f"<table><thead><tr><th>a</th><th>gain</th></tr></thead><tbody>{rows}</tbody></table>")
+    assert done.count('class="mixed"') == 3 and "+0.03\u00a0[-0.35,\u00a0+0.40] no difference" in done
+
+
 def test_functions_have_thin_spaces_and_an_index_none():
     done = site_pandoc.mathml([(r"n \log k", "inline"), (r"\log(k)", "inline"), (r"\eta_{\max}", "inline")], [])
     assert [v.count("mspace width") for v in done.values()] == [2, 0, 0]
@@ -188,13 +194,13 @@ def test_prose_keeps_units_and_code_spells_labels():
 def test_long_lines_are_marked_line_by_line(tmp_path):
     long = "x" * 50
     page = f'<pre class="a"><code class="sourceCode python">  f()\n    <span class="st">{long}\n{long}</span></code></pre>'
-    page += f'<pre><code>{long} y</code></pre><pre><code>a    {long}\nbb   1</code></pre>'
+    page += f'<pre><code>{long} y</code></pre><pre><code>a    {long}\nbb   1\nc    2</code></pre>'
     (tmp_path / "a.html").write_text(page)
     build_site.long_lines(tmp_path)
     done = (tmp_path / "a.html").read_text()
     assert re.sub("<[^>]*>", "", done) == re.sub("<[^>]*>", "", page)  # the text is what it was
     assert done.count(f'<span class="st">{long}</span></span>') == 2 and "--blanks:4" in done and '<pre class="nn-prose">' in done
-    assert f'<pre class="nn-columns"><code>a    {long}\nbb   1</code></pre>' in done  # columns stay whole
+    assert f'<pre class="nn-columns"><code>a    {long}\nbb   1\nc    2</code></pre>' in done  # columns stay whole
 
 
 def test_of_a_mixed_cell_only_the_imports_run():

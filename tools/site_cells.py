@@ -14,6 +14,7 @@ OPTION = re.compile(r"^#\|[^\n]*\n?", re.M)
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif"}
 OURS = ("label", "fig-cap", "fig-alt", "tbl-cap")
 NUMBER = re.compile(r"[-−+<≤≥≈]?\s*(?:\d[\d.,\s±×→%()kKMGiBx/–-]*)?$")
+INTERVAL = re.compile(r"(?:\S+ )?\[[^\]]*\]|\S+ ± \S+(?: \(\d+\))?")
 TICKS = re.compile(r"`([^`<>\n]+)`")
 PX = {"pt": 4 / 3, "px": 1, "in": 96, "": 1}
 
@@ -86,11 +87,12 @@ def clean_table(value):
 
 
 def column_kind(texts):
-    "Classes of a column with these cells: `num`, or `words` where most signs are letters, and `long` where these may break."
+    "Classes of a column with these cells: `num`, or `words` where most signs are letters; `long` and `mixed` where these may break."
     if all(map(NUMBER.match, texts)):
         return ["num"]
     letters = sum(c.isalpha() or c.isspace() for text in texts for c in text)
-    return (["words"] + ["long"] * (max(map(len, texts)) > 18)) if 2 * letters > sum(map(len, texts)) else []
+    most = max(map(len, texts))
+    return (["words"] + ["long"] * (most > 18)) if 2 * letters > sum(map(len, texts)) else ["mixed"] * (most > 22)
 
 
 def mark_columns(table):
@@ -104,6 +106,8 @@ def mark_columns(table):
             row[-i]["class"] = [*row[-i].get("class", []), *kind]
             if "long" in kind and row in heads:
                 row[-i]["style"] = f"--most:{max(map(len, texts))}"  # characters, for the width
+            if "mixed" in kind and row[-i].string and row not in heads:  # an interval stays on one line
+                row[-i].string = INTERVAL.sub(lambda m: m[0].replace(" ", "\u00a0"), row[-i].string)
 
 
 def float_block(content, label, caption, number):
