@@ -7,7 +7,7 @@ __all__ = ['AUGMENTATIONS', 'VGG_13', 'SIZES', 'ACCURACY_001', 'CHAINS_001', 'so
            'legacy_distillation_loss', 'standardise_logits', 'decoupled_parts', 'decoupled_loss', 'hint_loss',
            'attention_map', 'attention_loss', 'watch', 'Matching', 'Ensemble', 'cache_logits', 'fixed_views',
            'Distillation', 'distill', 'without_class', 'class_recall', 'expected_calibration_error', 'Drops', 'Course',
-           'train_by', 'judge', 'Distilled', 'DistilledMiniVGG', 'trained_teacher', 'run_distilled',
+           'train_by', 'judge', 'Distilled', 'DistilledMiniVGG', 'trained_teacher', 'run_distilled', 'teachers_folder',
            'distilled_lenet_300_100', 'distilled_minivgg', 'CompressedVGG13', 'run_compressed_vgg13',
            'compressed_vgg13', 'SoftTargetRun', 'run_soft_targets', 'distilled_mlp_200', 'Report001', 'run_report001',
            'report001_distillation', 'Chains', 'run_chains', 'assistant_chains', 'distilled_table',
@@ -536,7 +536,11 @@ def run_distilled(
                 file_error_percent=last["error_percent"], file_bytes=last["bytes"], dense_bytes=last["dense_bytes"], artefact=folder / "distilled-compressed.nncomp")
 
 # %% ../nbs/60_distillation.ipynb #e851c251
-def _teachers(folder): return folder.parents[2] / "teachers"  # beside the folders of the experiments
+def teachers_folder(
+    folder:Path,  # of one run, as an experiment gets it
+) -> Path:        # beside the folders of all experiments
+    "Where the teachers are kept that several runs learn from."
+    return folder.parents[2] / "teachers"
 
 
 @experiment("distilled-lenet-300-100")
@@ -548,7 +552,7 @@ def distilled_lenet_300_100(config:Distilled, seed:int, folder:Path) -> dict:
 @experiment("distilled-minivgg")
 def distilled_minivgg(config:DistilledMiniVGG, seed:int, folder:Path) -> dict:
     "VGG-13 teaches MiniVGG on CIFAR-10, then both students compressed. `nncomp reproduce distilled-minivgg --seeds 3`; two hours for the teacher, two for each seed, on two CPU cores."
-    return run_distilled(config, seed, folder, teachers=_teachers(folder))
+    return run_distilled(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/60_distillation.ipynb #da47f5f3
 @dataclass(frozen=True)
@@ -584,7 +588,7 @@ def run_compressed_vgg13(
 @experiment("compressed-vgg13")
 def compressed_vgg13(config:CompressedVGG13, seed:int, folder:Path) -> dict:
     "VGG-13 on CIFAR-10 by deep compression. `nncomp reproduce compressed-vgg13 --seeds 3`; about three hours a seed on two CPU cores, or half an hour where the teacher of `distilled-minivgg` is there."
-    return run_compressed_vgg13(config, seed, folder, teachers=_teachers(folder))
+    return run_compressed_vgg13(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/60_distillation.ipynb #84ff157b
 SIZES = 10, 25, 50, 100, 200, 400
@@ -689,7 +693,7 @@ def run_report001(
 @experiment("report001-distillation")
 def report001_distillation(config:Report001, seed:int, folder:Path) -> dict:
     "Report 001's distillation. `nncomp reproduce report001-distillation --seeds 3`; about 75 minutes for the teacher and as many for each seed on two CPU cores."
-    return run_report001(config, seed, folder, teachers=_teachers(folder))
+    return run_report001(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/60_distillation.ipynb #ac2b03bc
 @dataclass(frozen=True)

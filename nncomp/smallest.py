@@ -18,7 +18,7 @@ from .container import load, save
 from .core import check_int, count_nonzero, named_weights, require, seed_everything
 from .data import Data, random_affine
 from .deep_compression import images_by_channel
-from .distillation import Course, _teachers, cache_logits, distill, fixed_views, trained_teacher
+from .distillation import Course, cache_logits, distill, fixed_views, teachers_folder, trained_teacher
 from .models import create_model_for, load_data_for
 from .neurons import hidden_layers, remove_dead_neurons, remove_neurons
 from .pruning import MaskCallback
@@ -188,7 +188,7 @@ def run_smallest(
 @experiment("smallest-lenet-300-100", artefact=2)    # of five, the one with the fewest errors on validation images
 def smallest_lenet_300_100(config:Smallest, seed:int, folder:Path) -> dict:
     "LeNet-300-100 in as few bytes as this book can. `nncomp reproduce smallest-lenet-300-100`; about ten minutes a seed on one CPU core."
-    return run_smallest(config, seed, folder, teachers=_teachers(folder))
+    return run_smallest(config, seed, folder, teachers=teachers_folder(folder))
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class SmallestLeNet5(Smallest):
 @experiment("smallest-lenet-5", artefact=1)    # of five, the one with the fewest errors on validation images
 def smallest_lenet_5(config:SmallestLeNet5, seed:int, folder:Path) -> dict:
     "Caffe's LeNet-5 in as few bytes as this book can. `nncomp reproduce smallest-lenet-5`; about twenty minutes a seed on one CPU core, and five for the teacher."
-    return run_smallest(config, seed, folder, teachers=_teachers(folder))
+    return run_smallest(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/75_smallest.ipynb #8db15d29
 PUBLISHED_SMALLEST = {

@@ -98,21 +98,35 @@ AXE = """async contrast => (await axe.run(document, {rules: {"color-contrast": {
   .map(v => `${v.id}, ${v.nodes.length} times: ${v.nodes[0].html.slice(0, 150)}; ${v.nodes[0].failureSummary.slice(0, 250)}`)"""
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
+DARK = "document.querySelector('.quarto-dark') !== null"
+
+
 @pytest.mark.parametrize("notebook", PAGES)
-def test_pages_are_sound(visit, notebook, theme):
-    page = visit(page_name(notebook), 1280, theme)
+def test_pages_are_sound(visit, notebook):
+    page = visit(page_name(notebook))
+    page.add_script_tag(path=str(Path(axe.__file__).parent / "axe.min.js"))
     assert page.evaluate(UNDECODED) == []
-    for width in (1280, 390):
-        page.set_viewport_size({"width": width, "height": 900})
-        page.wait_for_timeout(50)
-        assert page.evaluate(TOO_WIDE) == [], width
-    assert page.evaluate("document.querySelector('.quarto-dark') !== null") == (theme == "dark")
+    for theme in ("light", "dark"):
+        if theme == "dark":
+            page.locator(".quarto-color-scheme-toggle").first.click()
+        page.wait_for_function(f"({DARK}) === {str(theme == 'dark').lower()}")
+        if theme == "light" or notebook in CONTRAST:
+            assert page.evaluate(AXE, notebook in CONTRAST) == [], theme
+        for width in (390, 1280):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(50)
+            assert page.evaluate(TOO_WIDE) == [], (theme, width)
     assert page.faults == []
-    if theme == "light" or notebook in CONTRAST:
-        page.set_viewport_size({"width": 1280, "height": 900})
-        page.add_script_tag(path=str(Path(axe.__file__).parent / "axe.min.js"))
-        assert page.evaluate(AXE, notebook in CONTRAST) == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_theme_is_that_of_the_system_until_one_is_chosen(visit, theme):
+    page = visit("notation", theme=theme)
+    page.wait_for_function(f"({DARK}) === {str(theme == 'dark').lower()}")
+    page.locator(".quarto-color-scheme-toggle").first.click()
+    page.goto(page.url.replace("notation", "cli"), wait_until="load")
+    page.wait_for_function(f"({DARK}) === {str(theme == 'light').lower()}")
+    assert page.faults == []
 
 
 def test_search_finds_a_chapter(visit):
