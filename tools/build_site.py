@@ -187,7 +187,8 @@ def long_lines(out, most=40):
     def one(m):  # a token that spans lines becomes one in each of them
         code = split.sub(lambda t: "\n".join(f"{t[1]}{line}</span>" for line in t[2].split("\n")), m[3])
         inner = [bool(re.search(r"\S {2,}\S", line)) for line in html.unescape(code).split("\n") if line.strip()]
-        if not m[1] and len(inner) > 2 and 2 * sum(inner) > len(inner): return f'<pre class="nn-columns">{m[2]}{code}{m[4]}'
+        if not m[1] and len(inner) > 2 and 2 * sum(inner) > len(inner):
+            return f'<pre class="nn-columns">{m[2]}{code}{m[4]}'
         lines = "\n".join(map(mark, code.split("\n")))
         return "<pre" + (m[1] or ' class="nn-prose"') + ">" + m[2] + lines + m[4]
 
