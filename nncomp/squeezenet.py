@@ -637,7 +637,7 @@ def run_miniature(
 
 @experiment("fire-miniatures", configs=MINIATURES)
 def fire_miniatures(config:Miniature, seed:int, folder:Path) -> dict:
-    "Report 004's observations and the paper's strategies (Iandola et al. 2016, §5) in miniature. `nncomp reproduce fire-miniatures --seeds 3`; about an hour and a half a seed on one CPU core."
+    "Report 004's observations and the paper's strategies (Iandola et al. 2016, §5) in miniature. `nncomp reproduce fire-miniatures --seeds 3`; about two hours a seed on one CPU core."
     return run_miniature(config, seed, folder)
 
 # %% ../nbs/50_squeezenet.ipynb #b4c4f781
