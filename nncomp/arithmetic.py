@@ -11,19 +11,19 @@ import math
 import numpy as np
 from numba import njit
 
-from .core import BitstreamError, check_int
+from .core import BitstreamError, check_int, compiled
 from .entropy import counts, read_varint, write_varint
 
 # %% ../nbs/32_arithmetic.ipynb #22801504
-def _compiled(**options):
-    "`njit` with `options` for a function that neither makes nor keeps an array: its references to them are not counted, if numba still has that switch."
+def _countless(make=compiled, **options):
+    "`make` with `options` for a function that neither makes nor keeps an array: its references to them are not counted, if numba still has that switch."
     def decorate(function):
-        try: return njit(_nrt=False, **options)(function)
-        except KeyError: return njit(**options)(function)
+        try: return make(_nrt=False, **options)(function)
+        except KeyError: return make(**options)(function)
     return decorate
 
 
-_inlined = _compiled(forceinline=True)
+_inlined = _countless(njit, forceinline=True)
 
 # %% ../nbs/32_arithmetic.ipynb #406b0545
 _LOW, _RANGE, _CODE, _AT, _BYTE, _RUN = range(6)  # state of the coder: low end; range; value read; place in the data; the waiting byte, and how many wait
@@ -78,7 +78,7 @@ def _reader(data:bytes|memoryview) -> tuple[np.ndarray, np.ndarray]:
     return np.array([0, 0xFFFFFFFF, int.from_bytes(bytes(data[:4]).ljust(4, b"\0"), "big"), 4, 0, 1], np.int64), np.frombuffer(bytearray(data) or bytearray(1), np.uint8)
 
 
-@_compiled(cache=True)
+@_countless()
 def _flush(coder, data):
     "Move everything out."
     for _ in range(5): _move_byte_out(coder, data)
@@ -217,7 +217,7 @@ def _code_symbol(coder, data, flags, signs, sizes, flag_weights, sign_weights, s
     return here[i]
 
 
-@_compiled(nogil=True, cache=True)
+@_countless(nogil=True)
 def _walk(symbols, coder, data, models, here, near, grid, k, zero, plain, reading):
     "Code all symbols, or read them; how many were coded: all, or fewer if the message is damaged."
     rows, images, height, width = grid
@@ -289,7 +289,7 @@ def _parts(rounded:np.ndarray) -> np.ndarray:
     return np.concatenate([[0], used + total * (_PARTS - used[-1]) // total[-1]])
 
 # %% ../nbs/32_arithmetic.ipynb #255122e4
-@_compiled(nogil=True, cache=True)
+@_countless(nogil=True)
 def _walk_table(rounded, coder, data, counters, reading):
     "Code rounded counts, or read them; how many were coded: all, or fewer if the message is damaged."
     last = 0
@@ -303,7 +303,7 @@ def _walk_table(rounded, coder, data, counters, reading):
     return rounded.size
 
 
-@_compiled(nogil=True, cache=True)
+@_countless(nogil=True)
 def _walk_parts(symbols, coder, data, starts, owners, reading):
     "Code symbols by their parts of the range, or read them by the `owners` of the parts; how many were coded."
     for n in range(symbols.size):

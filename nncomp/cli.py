@@ -99,7 +99,8 @@ def _read_sharded(path:Path) -> Iterator[tuple[str, Tensor]]:
     places = _weight_map(path)
     for shard in dict.fromkeys(places.values()):
         expected = {name for name, place in places.items() if place == shard}
-        for name, tensor in _read_safetensors(path.parent / shard):
+        whole = path.parent / shard
+        for name, tensor in _read_safetensors(whole) if whole.suffix == ".safetensors" else _with_aliases(_read_pickled(whole)):
             expected.discard(name)
             yield name, tensor
         if expected: raise ValueError(f"{path} promises {', '.join(sorted(expected)[:3])} in {shard}, which does not hold it; download both again")
@@ -136,7 +137,9 @@ def _read_pickled(path:Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read safely: it is damaged, or it holds whole Python objects, which would have to be unpickled; "
                          "save model.state_dict() instead") from error
     for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping): state = state[key]
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            if left := [str(k) for k in state if k != key]: warnings.warn(f"{path}: only {key!r} is kept; left out: {', '.join(left[:8])}", stacklevel=2)
+            state = state[key]
     odd = [k for k, v in state.items() if not isinstance(v, Tensor)] if isinstance(state, Mapping) else None
     if odd is None: raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     if odd: raise ValueError(f"{path} holds entries that are no tensors: {', '.join(map(str, odd[:3]))}; save model.state_dict() alone")
@@ -154,8 +157,9 @@ def shape_tensor(
     sparsity:float|None=None,  # fraction of entries to zero, in [0, 1]; None = keep all
     bits:int|None=None,        # at most 2**bits distinct values, zero among them; 1…16; None = keep all
 ) -> Tensor:                # same dtype and shape
-    "Prune and share one weight tensor; vectors, integers, 8-bit floats and what was not asked for stay as they are."
-    if tensor.ndim < 2 or tensor.dtype not in _SHAPED or tensor.numel() == 0 or (sparsity is None and bits is None): return tensor
+    "Prune and share one weight tensor; vectors (also with dimensions of one around them), integers, 8-bit floats and what was not asked for stay as they are."
+    vector = tensor.ndim < 2 or tensor.ndim > 2 and sum(n > 1 for n in tensor.shape) < 2
+    if vector or tensor.dtype not in _SHAPED or tensor.numel() == 0 or (sparsity is None and bits is None): return tensor
     check_finite(tensor, name)
     if sparsity is not None: tensor = tensor.masked_fill(~magnitude_mask(tensor, sparsity), 0)   # a product would leave −0
     if bits is not None:

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,12 +26,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from numba import njit
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .arithmetic import decode_indices, encode_indices
-from .core import BitstreamError, atomic_path, require
+from .core import BitstreamError, atomic_path, compiled, require, unwrap
 from .entropy import counts, entropy_bits, pack_bits, read_varint, unpack_bits, write_varint
 from .huffman import FOUR, ONE, _read_lengths, decode, encode
 from .positions import best_gap_bits, decode_positions, encode_positions
@@ -94,7 +94,7 @@ def _fixed(symbols:np.ndarray, k:int) -> bytes:
     return b"".join(pack_bits(symbols[s], _width(k)) for s in _blocks(symbols.size))
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _estimates(symbols, k):
     "Bytes of a Huffman stream, or a little less; and what an adaptive code can hope for: a first byte, the entropy, and to learn the values."
     tally = np.zeros(k, np.int64)
@@ -140,7 +140,7 @@ def _unpack_stream(stream:tuple[int, memoryview], n:int, k:int, shape:tuple[int,
 _MOST = 1 << 16  # values in a codebook, at most
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _number(patterns, places, found, out):
     "Number each distinct pattern by order of appearance, by open addressing; how many there are, or -1 if too many."
     n, shift = 0, np.uint64(64 - round(math.log2(places.size)))
@@ -184,7 +184,7 @@ def _codebook(patterns:np.ndarray, kind:str="u") -> tuple[np.ndarray, np.ndarray
     return found[order], numbered
 
 # %% ../nbs/34_container.ipynb #9970c1b4
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _take_plane(patterns, shift, rotate, out):
     "Fill `out` with the eight bits from `shift` on of each entry, whose top bit is moved to the bottom before if `rotate`."
     top = np.uint64(8 * patterns.itemsize - 1)
@@ -201,13 +201,13 @@ def _split_planes(patterns:np.ndarray, rotate:bool) -> Iterator[np.ndarray]:
         yield plane
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _add_plane(plane, out):
     "Put eight bits below those that are there."
     for i in range(out.size): out[i] = np.uint64(out[i]) << np.uint64(8) | np.uint64(plane[i])
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _rotate_back(out):
     "Move the bottom bit of each entry to the top."
     top = np.uint64(8 * out.itemsize - 1)
@@ -328,7 +328,7 @@ def _airy(patterns:np.ndarray, coder:str) -> bool:
 
 
 def _pack_fairly(patterns:np.ndarray, shape:tuple[int, ...], kind:str, coder:str) -> _Body:
-    "The shortest body; of a large block that which Huffman's coder gives, which is read ten times as fast, if it takes at most one per cent more."
+    "The shortest body; of a large block that which Huffman's coder gives, which is read several times as fast, if it takes at most one per cent more."
     best = _pack_block(patterns, shape, kind, coder)
     if coder != "best" or patterns.size < _BLOCK or best[0] & 3 != CODEBOOK: return best
     quick = _pack_block(patterns, shape, kind, "huffman")
@@ -481,13 +481,13 @@ def _take_apart(name:str, data:bytes|memoryview) -> _Packed:
     return _Packed(name, data, tag, shape, tuple(blocks))
 
 # %% ../nbs/34_container.ipynb #09cd5d50
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _look_up(book, indices, out):
     "Replace each index, all of which are below the size of `book`, by its value."
     for i in range(out.size): out[i] = book[indices[i]]
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _reach(gaps, filler):
     "How many values there are, and how many entries they and the gaps take; -1 where a gap is above `filler`, or the last is one."
     entries, values, widest = 0, 0, 0
@@ -497,7 +497,7 @@ def _reach(gaps, filler):
     return values, -1 if widest > filler or gaps.size and gaps[gaps.size - 1] >= filler else entries + values
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _scatter(gaps, filler, book, indices, out):
     "Write the next value after each gap; a gap of `filler` is that many zeros and no value. `_reach` has seen that all fit."
     at = used = np.uint64(0)
@@ -510,7 +510,7 @@ def _scatter(gaps, filler, book, indices, out):
         used += real
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _move_apart(mask, out):
     "Move the values, which stand at the front of `out`, to where the mask is true, from the last to the first; zeros elsewhere."
     used = np.count_nonzero(mask)
@@ -728,23 +728,22 @@ def save_tensors(
 # %% ../nbs/34_container.ipynb #b303a5d3
 def _state(source:nn.Module|dict[str, Tensor]) -> dict[str, Tensor]:
     "The state dict, without the wrapping of several devices or compilation."
-    while isinstance(source, nn.Module):
-        inner = getattr(source, "_orig_mod", None)
-        if isinstance(source, (nn.DataParallel, nn.parallel.DistributedDataParallel)): inner = source.module
-        source = source.state_dict() if inner is None else inner
+    if isinstance(source, nn.Module): source = unwrap(source).state_dict()
     if not hasattr(source, "items"): raise ValueError(f"save takes a module or a dict of tensors, got {type(source).__name__}")
     return source
 
 
 def _with_aliases(state:dict[str, Tensor]) -> Iterator[tuple[str, Tensor|str]]:
-    "The items, with the first name in the place of a tensor that was there before."
+    "The items, with the first name in the place of a tensor that was there before, and is there still: a mapping may make its tensors one by one, in the same memory."
     seen = {}
     for name, tensor in state.items():
         if isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel():
             key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-            tensor = seen.get(key, tensor)
-            seen.setdefault(key, name)
+            alive, first = seen.get(key, (lambda: None, None))
+            if alive() is None: seen[key] = weakref.ref(tensor), name
+            else: tensor = first
         yield name, tensor
+        del tensor
 
 # %% ../nbs/34_container.ipynb #60d275ae
 def save(
@@ -904,6 +903,17 @@ def _misfits(tensors:dict[str, Tensor], state:dict[str, Tensor], ours:dict[str, 
     return [f"{label}: {', '.join(found[:8])}{f' and {len(found) - 8} more' if len(found) > 8 else ''}" for label, found in groups.items() if found]
 
 
+def _materialize(model:nn.Module, state:dict[str, Tensor], filled:dict[str, Tensor]) -> None:
+    "Let the tensors of a model on the meta device be those of `filled`; what was tied stays tied."
+    lost = [name for name, b in model.named_buffers() if b.is_meta and name not in state]
+    if lost: raise ValueError(f"{lost[0]} is on the meta device and no state dict has it; make the model on a device that has memory")
+    names = {}
+    for name, p in model.named_parameters(remove_duplicate=False): names.setdefault(id(p), []).append(name)
+    model.load_state_dict({name: t.to(state[name].dtype) for name, t in filled.items()}, assign=True)
+    for first, *others in names.values():
+        for owner, _, leaf in (name.rpartition(".") for name in others): setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+
+
 def _fill(model:nn.Module, tensors:dict[str, Tensor], path:str|os.PathLike) -> None:
     "Copy `tensors` into `model` if all of them fit."
     if not isinstance(model, nn.Module): raise ValueError(f"into must be a module with the tensors of the file, got {model!r}")
@@ -911,7 +921,9 @@ def _fill(model:nn.Module, tensors:dict[str, Tensor], path:str|os.PathLike) -> N
     ours, theirs = _plain_names(tensors), _plain_names(state)
     misfits = _misfits(tensors, state, ours, theirs)
     if misfits: raise ValueError(f"{path} does not fit the model, which was left as it is; {'; '.join(misfits)}")
-    model.load_state_dict({theirs[name]: tensors[full] for name, full in ours.items()})
+    filled = {theirs[name]: tensors[full] for name, full in ours.items()}
+    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]): _materialize(model, state, filled)
+    else: model.load_state_dict(filled)
 
 # %% ../nbs/34_container.ipynb #2c5bdfa6
 def load(

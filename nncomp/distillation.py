@@ -18,7 +18,6 @@ import contextlib
 import functools
 import itertools
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +29,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .container import load
-from .core import check_finite, check_fraction, check_int, default_device, evaluating, remembered, require, seed_everything
+from .core import check_finite, check_fraction, check_int, checksum, default_device, evaluating, remembered, require, seed_everything
 from .data import Data, Split, random_affine, random_crop_flip
-from .deep_compression import Recipe, _as_bytes, _resumable, deep_compress, images_by_channel
+from .deep_compression import Recipe, _resumable, deep_compress, images_by_channel
 from .models import create_model_for, load_data_for, mlp, model_names, register_model
 from .results import Record, config_id, difference, experiment, find_experiment, load_records, paired_interval, spread
 from .training import Callback, Run, _device_of, _logits, _named, evaluate, fit
@@ -279,12 +278,6 @@ def _as_teacher(teacher):
         raise ValueError("the rows of the teacher's logits sum to one, as probabilities do; give logits, or the logarithm of the probabilities")
     return table
 
-
-def _fingerprint(teacher):
-    "A checksum of a teacher's tensors or logits."
-    tensors = [teacher] if isinstance(teacher, Tensor) else teacher.state_dict().values()
-    return f"{functools.reduce(lambda crc, t: zlib.crc32(_as_bytes(t).numpy(), crc), tensors, 0):08x}"
-
 # %% ../nbs/60_distillation.ipynb #12b2ae6f
 class Distillation(Callback):
     "Both loss and callback of `fit`: compares the student's logits with those of a live teacher or of a cache."
@@ -299,7 +292,7 @@ class Distillation(Callback):
         settings = dict(temperature=_temperature(temperature), alpha=check_fraction(alpha, "alpha"))
         self.loss = loss or functools.partial(distillation_loss, **settings)
 
-    def identity(self) -> str: return f"{_named(self.loss)} {_fingerprint(self.teacher)}"
+    def identity(self) -> str: return f"{_named(self.loss)} {checksum([self.teacher] if isinstance(self.teacher, Tensor) else self.teacher.state_dict().values())}"
 
     def before_fit(self, run:Run) -> None:
         self.run, self.fresh = run, True

@@ -40,7 +40,7 @@ def entropy_bits(
     counts:np.ndarray|Tensor,  # (k,), non-negative: how often each symbol occurs, or probabilities
 ) -> float:                    # bits per symbol, in [0, log2 k]
     "Shannon entropy of the relative frequencies (@eq-entropy-shannon); 0 for an empty histogram."
-    c = np.asarray(counts, dtype=np.float64).reshape(-1)
+    c = np.asarray(counts.detach().cpu() if isinstance(counts, Tensor) else counts, dtype=np.float64).reshape(-1)
     if c.size and not (c.min() >= 0 and np.isfinite(c.sum())): raise ValueError(f"counts must be non-negative and finite, got {c.min()}")
     p = c[c > 0] / max(c.sum(), np.finfo(float).tiny)
     return float(-(p * np.log2(p)).sum()) + 0.0

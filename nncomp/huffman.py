@@ -10,10 +10,9 @@ __all__ = ['MAX_LENGTH', 'NARROW', 'ROOT', 'EMPTY', 'CONSTANT', 'ONE', 'FOUR', '
 from io import BytesIO
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
-from .core import BitstreamError, check_int
+from .core import BitstreamError, check_int, compiled
 from .entropy import _integers, pack_bits, read_varint, unpack_bits, write_varint
 
 # %% ../nbs/31_huffman.ipynb #c49bed61
@@ -42,7 +41,7 @@ def canonical_codes(
     return codes * (lengths > 0).astype(np.uint32)
 
 # %% ../nbs/31_huffman.ipynb #f5fa7474
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _merge(leaves, row):
     "Both in one order, and which of them are leaves."
     merged, is_leaf, i = np.empty(leaves.size + row.size, np.int64), np.zeros(leaves.size + row.size, np.bool_), 0
@@ -84,7 +83,7 @@ def code_lengths(
     return lengths
 
 # %% ../nbs/31_huffman.ipynb #24867ee9
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _reverse(codes, lengths):
     "Each code with its bits in the opposite order."
     out = np.zeros(codes.size, np.uint32)
@@ -98,7 +97,7 @@ def _reversed_codes(lengths:np.ndarray) -> np.ndarray:
     return _reverse(canonical_codes(lengths), lengths.astype(np.uint8))
 
 # %% ../nbs/31_huffman.ipynb #81e9fa8c
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _put(out, pos, value, width):
     "Write the low `width` bits of `value` at bit `pos`; the position after them."
     for i in range(width):
@@ -106,7 +105,7 @@ def _put(out, pos, value, width):
     return pos + width
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _put_gamma(out, pos, value):
     "Write `value` (1 or more) in Elias's gamma code: as many zeros as digits follow its top bit, a one, those digits."
     digits = 0
@@ -114,7 +113,7 @@ def _put_gamma(out, pos, value):
     return _put(out, _put(out, pos + digits, 1, 1), value, digits)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _write_lengths(lengths, out):
     "Write the table of code lengths at bit 0 of `out`, which is zero and large enough; the number of bits."
     pos, last, zeros = 0, 4, 0
@@ -131,7 +130,7 @@ def _write_lengths(lengths, out):
     return pos
 
 # %% ../nbs/31_huffman.ipynb #602995fc
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _take(data, pos, width):
     "Read `width` bits at bit `pos`; -1 past the end."
     if pos + width > 8 * data.size: return -1
@@ -141,7 +140,7 @@ def _take(data, pos, width):
     return value
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _take_gamma(data, pos):
     "Read a gamma code below 2**18: its value, and the position after it (past the end if it is cut off)."
     digits = 0
@@ -149,7 +148,7 @@ def _take_gamma(data, pos):
     return (1 << digits) + _take(data, pos + digits + 1, digits), pos + 2 * digits + 1
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _read_lengths(data, lengths):
     "Fill `lengths` from a table, which ends when Kraft's sum is full; the number of bits, or -1."
     pos, last, i, room = 0, 4, 0, 1 << MAX_LENGTH
@@ -177,7 +176,7 @@ def _read_lengths(data, lengths):
 _u64 = np.uint64  # the loops below count in unsigned 64-bit integers only: mixing in a signed one makes a float
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _load(data, p):
     "The eight bytes from `p`, lowest first, as one integer (compiled to one instruction)."
     word = _u64(0)
@@ -185,13 +184,13 @@ def _load(data, p):
     return word
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _store(out, p, word):
     "Write the eight bytes of `word` from `p`, lowest first (compiled to one instruction)."
     for i in range(8): out[p + _u64(i)] = (word >> _u64(8 * i)) & _u64(255)
 
 # %% ../nbs/31_huffman.ipynb #d0bf9961
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _tally(symbols, rows):
     "Histogram of `symbols` over the columns of `rows`, zeros, of which a power of two take turns."
     i, n, turn = _u64(0), _u64(symbols.size), _u64(rows.shape[0] - 1)
@@ -212,14 +211,14 @@ def _encoder_table(lengths:np.ndarray, size:int) -> np.ndarray:
     return table
 
 # %% ../nbs/31_huffman.ipynb #7b794100
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _two(table, symbols, i):
     "The words of two symbols joined, as an entry of the table; junk above the length is dropped by whoever shifts."
     a, b = table[symbols[i]], table[symbols[i + _u64(1)]]
     return a >> (b & _u64(63)) | b, a + b
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _flush(out, p, held, n_held):
     "Store the highest `n_held` bits (1 to 63) of `held`: the next byte, and how many bits are left over."
     n_held &= _u64(63)
@@ -227,7 +226,7 @@ def _flush(out, p, held, n_held):
     return p + (n_held >> _u64(3)), n_held & _u64(7)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _encode_stream(symbols, table, narrow, out):
     "Write the codes of `symbols` into `out`, which has their exact size; `narrow`: no code is over 14 bits."
     held, n_held, p, i, n, room = _u64(0), _u64(0), _u64(0), _u64(0), _u64(symbols.size), _u64(out.size)
@@ -316,7 +315,7 @@ def encode(
     return file.getvalue()
 
 # %% ../nbs/31_huffman.ipynb #cc32a796
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _fill_single(lengths, codes, table):
     "Fill `table`, for every possible next bits: the symbol whose code they start with, << 8, | its length."
     for s in range(lengths.size):
@@ -325,7 +324,7 @@ def _fill_single(lengths, codes, table):
     return table
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _fill_linked(lengths, codes):
     "A table in two levels, for long codes: entry `next ROOT bits` is start << 8 | b; entry `start + next b bits` is as in `single`."
     links = np.zeros(1 << ROOT, np.int64)
@@ -346,7 +345,7 @@ def _fill_linked(lengths, codes):
     return table
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _fill_multi(single, width, size, table):
     "For every possible next `width` bits: up to 6 bytes of whole symbols << 16, | bytes << 8, | bits. Returns the mean bytes."
     total = 0
@@ -362,7 +361,7 @@ def _fill_multi(single, width, size, table):
     return total / table.size
 
 # %% ../nbs/31_huffman.ipynb #9fc6fc51
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _step_multi(data, table, out, pos, q):
     "Four look-ups from one load, each writing several symbols; the new bit and byte positions."
     word, mask = _load(data, pos >> _u64(3)) >> (pos & _u64(7)), _u64(table.size - 1)
@@ -375,7 +374,7 @@ def _step_multi(data, table, out, pos, q):
     return pos, q
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _run_multi(data, table, out, state, limits):
     "Advance four streams side by side while each is clear of its end; `state` is (bit, byte) positions, (2, 4)."
     p0, p1, p2, p3 = state[0, 0], state[0, 1], state[0, 2], state[0, 3]
@@ -391,7 +390,7 @@ def _run_multi(data, table, out, state, limits):
     state[1, 0], state[1, 1], state[1, 2], state[1, 3] = q0, q1, q2, q3
 
 # %% ../nbs/31_huffman.ipynb #8fce356d
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _step_single(data, table, out, pos, q):
     "Four look-ups from one load, each writing one byte; the new bit position."
     word, mask, total = _load(data, pos >> _u64(3)) >> (pos & _u64(7)), _u64(table.size - 1), _u64(0)
@@ -403,7 +402,7 @@ def _step_single(data, table, out, pos, q):
     return pos + (total & _u64(255))
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _run_single(data, table, out, state, limits):
     "Like `_run_multi`, one byte a look-up: faster where few codes are short."
     p0, p1, p2, p3 = state[0, 0], state[0, 1], state[0, 2], state[0, 3]
@@ -420,7 +419,7 @@ def _run_single(data, table, out, state, limits):
     state[1] += i
 
 # %% ../nbs/31_huffman.ipynb #8bcfb4ff
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _step_linked(data, table, out, pos, q):
     "Two look-ups of two levels from one load, each writing one symbol; the new bit position."
     word = _load(data, pos >> _u64(3)) >> (pos & _u64(7))
@@ -433,7 +432,7 @@ def _step_linked(data, table, out, pos, q):
     return pos
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _run_linked(data, table, out, state, limits):
     "Like `_run_single`, through a linked table; places in `out` are counted in symbols."
     p0, p1, p2, p3 = state[0, 0], state[0, 1], state[0, 2], state[0, 3]
@@ -450,7 +449,7 @@ def _run_linked(data, table, out, state, limits):
     state[1] += i
 
 # %% ../nbs/31_huffman.ipynb #9316d9f8
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _finish(data, table, root, pos, out):
     "Decode from bit `pos` symbol by symbol; whether `out` and `data` end together, and the last bits are zero."
     p, held, n_held, linked, n, end = _u64(pos >> 3), _u64(0), 0, table.size > 1 << root, 0, _u64(data.size)

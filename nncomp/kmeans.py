@@ -10,10 +10,9 @@ import math
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from .core import check_finite, check_int
+from .core import check_finite, check_int, compiled
 
 # %% ../nbs/20_kmeans.ipynb #0903ca27
 def _tensor(array, name):
@@ -54,7 +53,7 @@ def inertia(
     return float((gap if weights is None else gap * weights).sum())
 
 # %% ../nbs/20_kmeans.ipynb #efa79c27
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _two_sum(a, b):
     "The rounded sum of two floats and its rounding error, exactly (Knuth)."
     s = a + b
@@ -62,7 +61,7 @@ def _two_sum(a, b):
     return s, (a - (s - t)) + (b - t)
 
 
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _two_prod(a, b):
     "The rounded product of two floats and its rounding error, exactly (Dekker 1971, §5)."
     p = a * b
@@ -74,7 +73,7 @@ def _two_prod(a, b):
     return p, a2 * b2 - (((p - a1 * b1) - a2 * b1) - a1 * b2)
 
 # %% ../nbs/20_kmeans.ipynb #3187e103
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _moments(points, mass):
     "Running sums of `mass`, `mass * points`, `mass * points**2`, and what the three lost to rounding: (6, m + 1)."
     sums = np.zeros((6, len(points) + 1))
@@ -92,7 +91,7 @@ def _moments(points, mass):
     return sums
 
 
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _costs(sums, low, high, j, out):
     "Into `out`: inertia about their mean of the points i…j-1, for each i in low…high-1 (@eq-kmeans-interval)."
     if sums[0, j] < 1: return _fine_costs(sums, low, high, j, out)
@@ -109,14 +108,14 @@ def _costs(sums, low, high, j, out):
         out[i] = max(0., ((wq - ss) + (e - f + w * q_lost - 2 * s * s_lost)) / w)
 
 # %% ../nbs/20_kmeans.ipynb #0db54ff6
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _difference(high, high_lost, low, low_lost):
     "(high + high_lost) - (low + low_lost), rounded, and the rest."
     d, e = _two_sum(high, -low)
     return _two_sum(d, e + (high_lost - low_lost))
 
 
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _fine_costs(sums, low, high, j, out):
     "What `_costs` gives, for masses that differ by many powers of ten."
     for i in range(low, high):
@@ -129,7 +128,7 @@ def _fine_costs(sums, low, high, j, out):
         out[i - low] = max(0., (d + (g + (e - f + w * q_lost + w_lost * q - 2 * s * s_lost))) / w)
 
 # %% ../nbs/20_kmeans.ipynb #2a2a3690
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _summary(points, mass, ends):
     "Mass, mean and inertia of each interval with the given ends 0, …, m; an empty one has the mean NaN."
     out = np.zeros((3, len(ends) - 1))
@@ -147,7 +146,7 @@ def _summary(points, mass, ends):
 _CELL = 64  # points from one running sum to the next
 
 
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _count_upto(points, cut, guess):
     "How many sorted points are ≤ `cut`: steps of doubling length from a guess, then bisection."
     low, high, step = guess, guess, 1
@@ -160,7 +159,7 @@ def _count_upto(points, cut, guess):
     return low
 
 
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _rounds(points, mass, sums, centroids, ends, rounds):
     "Up to `rounds` rounds of Lloyd's iteration in place. True: at rest, or a centroid serves nobody and keeps its place."
     for _ in range(rounds):
@@ -220,7 +219,7 @@ def _spread_out(index, m):
     return np.minimum(index, m - len(index) + step)
 
 
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _take(points, mass, weight, totals, size, c):
     "Make point `c` a centroid: lower the `weight` (mass × squared distance to the nearest) around it, and `totals` with it."
     weight[c], touched = 0., np.full(2, c)
@@ -232,7 +231,7 @@ def _take(points, mass, weight, totals, size, c):
     for b in range(touched[0] // size, touched[1] // size + 1): totals[b] = weight[b * size:(b + 1) * size].sum()
 
 
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _draw_far(points, mass, weight, totals, size, draws):
     "One centroid per draw in [0, 1): the point at which the running sum of `weight` passes that share of its total."
     chosen = np.zeros(len(draws), np.int64)
@@ -281,7 +280,7 @@ def _start(points, mass, k, init, generator):
     return points[_spread_out(np.sort(_plus_plus(points, mass, draws)), len(points))]
 
 # %% ../nbs/20_kmeans.ipynb #6ac75c71
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _best_start(sums, best, low, high, j, total):
     "The start in low…high-1 from which a last interval up to `j` is cheapest, and the total with it; `total` is working space."
     _costs(sums, low, high, j, total)
@@ -293,7 +292,7 @@ def _best_start(sums, best, low, high, j, total):
     return low + at, total[at]
 
 
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _fill(sums, best, parent, done, last, price, total):
     "Best starts among 0…`done` for the ends done + 1…`last`: the last end first, then the middle of what is left."
     step = 1
@@ -308,7 +307,7 @@ def _fill(sums, best, parent, done, last, price, total):
         step //= 2
 
 # %% ../nbs/20_kmeans.ipynb #ecb7ced4
-@njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _extend(sums, best, parent, done, price):
     "Extend cheapest paths from the ends up to `done` to all others, block by block."
     total, width = np.empty(len(best)), 1
@@ -321,7 +320,7 @@ def _extend(sums, best, parent, done, price):
             done, width = last, max(1, (last - parent[last]) // 4)
 
 # %% ../nbs/20_kmeans.ipynb #b631ba14
-@njit(cache=True)
+@compiled()
 def _trace(parent):
     "The interval ends on the way back from the last point, ascending."
     count, j = 1, len(parent) - 1
@@ -397,7 +396,7 @@ def _optimal(points, mass, k):
     return path
 
 # %% ../nbs/20_kmeans.ipynb #5aa35ae3
-@njit(cache=True)
+@compiled()
 def _deal(keys, spare, counts, shift):
     "Deal `keys` into `spare` by the 11 bits from `shift` on, keeping the order among equals; `counts` of each pile are known."
     at = np.cumsum(counts) - counts
@@ -407,7 +406,7 @@ def _deal(keys, spare, counts, shift):
         at[pile] += 1
 
 
-@njit(cache=True)
+@compiled()
 def _sorted_bits(bits):
     "Bit patterns of float32 numbers in the order of the numbers, minus zero before zero."
     n, sign, ones = len(bits), np.uint32(0x80000000), np.uint32(0xFFFFFFFF)
@@ -422,7 +421,7 @@ def _sorted_bits(bits):
     return keys
 
 
-@njit(cache=True)
+@compiled()
 def _runs(ordered):
     "Distinct values of a sorted array and how often each occurs."
     m = 1
@@ -466,7 +465,7 @@ def _distinct(flat, weights):
     return points, mass
 
 # %% ../nbs/20_kmeans.ipynb #005a0ee3
-@njit(cache=True)
+@compiled()
 def _nearest_index(flat, cuts):
     "For each value the number of ascending `cuts` below it."
     half, piece = 1, np.empty(1024)

@@ -128,11 +128,13 @@ def _macs(module, x, y):
 
 # %% ../nbs/04_measure.ipynb #db0943a0
 def count_macs(
-    model:nn.Module,              # run once on zeros, in evaluation mode
-    input_shape:tuple[int, ...],  # of one example, without the batch axis
+    model:nn.Module,              # run once, in evaluation mode
+    input_shape:tuple[int, ...]|Tensor,  # of one example, without the batch axis: zeros are sent through; or an example in a batch of one, such as token ids (1, n)
 ) -> dict[str, int]:              # module name -> multiply-accumulates per example; FLOPs = 2 × MACs
     "Multiply-accumulates of each dense and convolution layer (@eq-measure-macs); ValueError for another layer with weights."
     found, like = {}, next(model.parameters(), torch.zeros(0))
+    if not isinstance(input_shape, Tensor): example = torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+    elif len(example := input_shape.to(like.device)) != 1: raise ValueError(f"the example must be a batch of one, got shape {tuple(input_shape.shape)}")
     def watch(name):
         def hook(module, args, output):
             macs = _macs(module, args[0] if args else None, output)
@@ -140,7 +142,7 @@ def count_macs(
         return hook
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
-        with evaluating(model): model(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
+        with evaluating(model): model(example)
     finally:
         for hook in hooks: hook.remove()
     return found

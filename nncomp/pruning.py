@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
-from .core import check_finite, check_fraction, check_int, evaluating, named_weights
+from .core import check_finite, check_fraction, check_int, check_plain, evaluating, named_weights
 from .training import Callback, Run
 
 # %% ../nbs/10_pruning.ipynb #62945255
@@ -160,9 +160,10 @@ def std_threshold_mask(
 # %% ../nbs/10_pruning.ipynb #673e20fe
 def _owned(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     "The floating parameters of those names; one ValueError lists those that `model` does not have."
-    owned = dict(model.named_parameters(remove_duplicate=False))
+    owned, names = dict(model.named_parameters(remove_duplicate=False)), list(names)
     wrong = [name for name in names if name not in owned]
     if wrong: raise ValueError(f"not a parameter of the model: {', '.join(wrong)}; it has {', '.join(owned) or 'none'}")
+    check_plain(model, names)
     return _some({name: owned[name] for name in names})
 
 # %% ../nbs/10_pruning.ipynb #22558ba8
@@ -278,6 +279,7 @@ def _fitting(model: nn.Module, masks: Mapping[str, Tensor], wrapped: Mapping[str
         elif mask.shape != owned[name].shape: wrong.append(f"{name} has shape {tuple(owned[name].shape)}, its mask {tuple(mask.shape)}")
         elif mask.dtype != torch.bool: wrong.append(f"the mask of {name} must be bool, got {mask.dtype}")
     if wrong: raise ValueError(f"masks do not fit the model: {'; '.join(wrong)}")
+    check_plain(model, [name for name in masks if name not in (wrapped or {})])
     for name, mask in masks.items(): _alive(name, mask, "the mask")
     _once(found := {name: owned[name] for name in masks})
     return found

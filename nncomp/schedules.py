@@ -15,6 +15,7 @@ import copy
 import functools
 import json
 import math
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .core import atomic_path, check_finite, check_fraction, check_int, count_nonzero, evaluating, named_weights, require, seed_everything
+from .core import atomic_path, check_finite, check_fraction, check_int, check_plain, count_nonzero, evaluating, named_weights, require, seed_everything
 from .data import Batches, Data, Split, load_data, random_affine
 from .models import create_model_for, mlp, model_input_shape
 from .pruning import MaskCallback, _fitting, _fraction, _inputs, _once, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
@@ -51,6 +52,7 @@ def _targets(model: nn.Module, sparsity: float | Mapping[str, float], scope: str
     targets = dict(sparsity) if by_name else {name: sparsity for name in named_weights(model)}
     known = dict(model.named_parameters(remove_duplicate=False))
     if not targets: raise ValueError("nothing to prune: the model has no weight tensor, or no sparsity was given")
+    check_plain(model, [name for name in targets if name in known])
     for name, s in targets.items():
         if name not in known: raise ValueError(f"{name} is not a parameter of the model")
         if _fraction(s, f"sparsity of {name}") + check_fraction(floor, "floor") > 1 + 1e-9 or s == 1:
@@ -128,6 +130,7 @@ class Pruner(MaskCallback):
         score:str="magnitude", # "magnitude", or "fisher": `fisher_scores`, with optimizer "adam" or "adamw"
     ):
         super().__init__({})
+        self._model = None
         for s in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]: _fraction(s, "sparsity")
         if score not in ("magnitude", "fisher"): raise ValueError(f"score must be 'magnitude' or 'fisher', got {score!r}")
         if schedule not in _SHAPES: raise ValueError(f"schedule must be one of {', '.join(_SHAPES)}, got {schedule!r}")
@@ -142,7 +145,9 @@ class Pruner(MaskCallback):
     def before_fit(self, run:Run) -> None:
         _targets(run.model, self.sparsity, self.scope, self.floor)
         if self.score == "fisher": _need_adam(run.optimizer)
-        self.done = False
+        if self.masks and self._model is not None and self._model() is not run.model:
+            raise ValueError("this Pruner holds the masks of another model; give each model a Pruner of its own")
+        self._model, self.done = weakref.ref(run.model), False
         super().before_fit(run)
         self._advance(run)
 

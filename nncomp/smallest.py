@@ -187,7 +187,7 @@ def run_smallest(
 # %% ../nbs/75_smallest.ipynb #99ce4606
 @experiment("smallest-lenet-300-100", artefact=2)    # of five, the one with the fewest errors on validation images
 def smallest_lenet_300_100(config:Smallest, seed:int, folder:Path) -> dict:
-    "LeNet-300-100 in as few bytes as this book can. `nncomp reproduce smallest-lenet-300-100`; about ten minutes a seed on one CPU core."
+    "LeNet-300-100 in as few bytes as this book can. `nncomp reproduce smallest-lenet-300-100`; about seven minutes a seed on one CPU core."
     return run_smallest(config, seed, folder, teachers=teachers_folder(folder))
 
 

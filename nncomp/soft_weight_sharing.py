@@ -22,15 +22,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .container import inspect, load, save
-from .core import atomic_path, check_finite, check_fraction, check_int, count_nonzero, default_device, named_weights, remembered, require, seed_everything
+from .core import atomic_path, check_finite, check_fraction, check_int, check_plain, check_writable, compiled, count_nonzero, default_device, named_weights, remembered, require, seed_everything, unwrap
 from .data import Data, random_affine
-from .deep_compression import Recipe, images_by_channel, prune_stage, share_stage
+from .deep_compression import Recipe, images_by_channel, prune_stage, run_tag, share_stage
 from .measure import compression_ratio, dense_bytes, sparsity, time_call
 from .models import create_model, create_model_for, load_data_for
 from .results import difference, experiment, load_records, mean_sd
@@ -53,7 +52,7 @@ def component_log_densities(
     return mixture.log_mixing - 0.5 * (mixture.log_vars + math.log(2 * math.pi) + gap.square() * torch.exp(-mixture.log_vars))
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #e7aa7e98
-@njit(cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _sweep(weights, low, per, cubic, moments, slopes):
     "Read each weight's slope from the cubic of its cell, and add 1, t, t², t³ to the cell's moments."
     for i in range(len(weights)):
@@ -78,7 +77,7 @@ def _evaluate(x, mixture):
     joint = component_log_densities(x, mixture)
     top = joint.logsumexp(1)
     shares, gaps = (joint - top[:, None]).exp_(), x[:, None] - mixture.means
-    return top, shares, gaps, (shares * gaps) @ torch.exp(-mixture.log_vars)
+    return top, shares, gaps, (shares * gaps) @ torch.exp(-mixture.log_vars).to(shares)
 
 
 def _sums(shares, gaps):
@@ -87,9 +86,14 @@ def _sums(shares, gaps):
     return torch.stack([shares.sum(0), first.sum(0), (first * gaps).sum(0)]).double()
 
 
+def _in_rows(tensor):
+    "The tensor, or a contiguous copy where its entries are neither in order nor in that of channels last."
+    return tensor if tensor.is_contiguous() or tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) else tensor.contiguous()
+
+
 def _flat(tensor):
-    "The entries in a row, without a copy where the tensor is dense."
-    return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 and not tensor.is_contiguous() else tensor).reshape(-1)
+    "The entries in a row, never a copy; of a tensor as from `_in_rows`."
+    return (tensor if tensor.is_contiguous() else tensor.permute(0, 2, 3, 1)).view(-1)
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #c997bdbd
 def _by_pieces(weights, mixture):
@@ -135,7 +139,7 @@ class _MixtureNLL(torch.autograd.Function):
     "-Σ ln p(w) with the gradients of @eq-soft-gradient, all computed on the way forward."
     @staticmethod
     def forward(ctx, means, log_vars, log_mixing, *weights):
-        mixture, weights = Mixture(means.detach(), log_vars.detach(), log_mixing.detach()), [w.detach() for w in weights]
+        mixture, weights = Mixture(means.detach(), log_vars.detach(), log_mixing.detach()), [_in_rows(w.detach()) for w in weights]
         fine = Mixture(*(t.double() for t in mixture))
         compiled = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
         low, step, n = _grid(weights, fine) if compiled else (0., 0., math.inf)
@@ -271,6 +275,7 @@ def _prior_weights(model, biases):
     if not isinstance(model, nn.Module): raise ValueError(f"model must be an nn.Module, got {type(model).__name__}")
     found = {name: p for name, p in named_weights(model, biases).items() if p.numel()}
     if not found: raise ValueError("the model has no weights for a prior: no floating parameter of rank two or more")
+    check_plain(model, found)
     return found
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #c520f646
@@ -289,6 +294,7 @@ class SoftWeightSharing(nn.Module):
         biases:bool=True,         # also the biases of layers that own a weight
     ):
         super().__init__()
+        self._start = components, zero_mixing, init, std
         check_int(components, 2, name="components")
         if not 0 < zero_mixing < 1: raise ValueError(f"zero_mixing is a proportion in (0, 1), got {zero_mixing}")
         if not 0 < std < math.inf: raise ValueError(f"std must be finite and above 0, got {std}")
@@ -331,7 +337,7 @@ class TrainPrior(Callback):
         self.prior, self.tau, self.warmup, self.trace = prior, tau, check_fraction(warmup, "warmup"), []
         self.rates = {"means": lr_means, "log_vars": lr_log_vars, "mixing_logits": lr_mixing, "zero_logit": lr_mixing}
 
-    def identity(self) -> str: return str((self.tau, self.warmup, self.rates, self.prior.zero_gamma, self.prior.gamma, self.prior.zero_beta, self.prior.biases, len(self.prior.log_vars)))
+    def identity(self) -> str: return str((self.tau, self.warmup, self.rates, self.prior.zero_gamma, self.prior.gamma, self.prior.zero_beta, self.prior.biases, self.prior._start))
 
     def before_fit(self, run:Run) -> None:
         self.prior.to(run.device)
@@ -401,10 +407,12 @@ def soft_quantize_(
     values = torch.cat([now.means.new_zeros(1), now.means[1:]])
     for name, p in _prior_weights(model, biases).items():
         check_finite(p.detach(), name)
-        for piece in _flat(p.detach()).split(1 << 16):
+        rows = _in_rows(p.detach())
+        for piece in _flat(rows).split(1 << 16):
             taken = component_log_densities(piece.double(), now).argmax(1)
             piece.copy_(values[taken])
             counts = counts + torch.bincount(taken, minlength=len(values))
+        p.copy_(rows)
     return counts
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #04715b7f
@@ -511,8 +519,10 @@ def soft_compress(
     progress:bool=True,   # show bars
 ) -> SoftReport:
     "Train under the prior, merge, prune and quantize, tune the values, write the file (after Ullrich et al. 2017)."
-    soft, options = copy.deepcopy(model), dict(seed=seed, device=device, progress=progress)
-    kept = (lambda name: None) if folder is None else (lambda name: Path(folder) / f"{name}.pt")
+    path, folder, model = check_writable(path), None if folder is None else Path(folder), unwrap(model)
+    if folder is not None: folder.mkdir(parents=True, exist_ok=True)
+    soft, options, tag = copy.deepcopy(model), dict(seed=seed, device=device, progress=progress), run_tag(model, data, recipe, seed)
+    kept = (lambda name: None) if folder is None else (lambda name: folder / f"{name}-{tag}.pt")
     training = soft_stage(soft, data, recipe, augment=augment, checkpoint=kept("soft"), **options)
     mixture, quantized = merge_components(training.prior.mixture(), recipe.merge_below), copy.deepcopy(soft)
     counts = soft_quantize_(quantized, mixture, biases=recipe.biases)
@@ -520,7 +530,7 @@ def soft_compress(
     tune_values(tuned, data, recipe, checkpoint=kept("tuned"), **options)
     if len(data.valid) and evaluate(tuned, data.valid).loss > evaluate(quantized, data.valid).loss: tuned = copy.deepcopy(quantized)
     with atomic_path(path) as part: save(tuned, part)
-    return SoftReport(soft, quantized, load(path, into=tuned), mixture, tuple(counts.tolist()), Path(path), Path(path).stat().st_size, dense_bytes(tuned))
+    return SoftReport(soft, quantized, load(path, into=tuned), mixture, tuple(counts.tolist()), path, path.stat().st_size, dense_bytes(tuned))
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #999f2684
 @dataclass(frozen=True)
@@ -594,13 +604,13 @@ def soft_lenet_5(config:SoftRun, seed:int, folder:Path) -> dict:
 
 @experiment("soft-lenet-5-higher-price", configs=[SOFT_LENET_5_HIGHER_PRICE])
 def soft_lenet_5_higher_price(config:SoftRun, seed:int, folder:Path) -> dict:
-    "The same with more errors and half the bytes. `nncomp reproduce soft-lenet-5-higher-price`; about twelve minutes a seed on one CPU core."
+    "The same with more errors and half the bytes. `nncomp reproduce soft-lenet-5-higher-price`; twelve to twenty-six minutes a seed on one CPU core."
     return run_soft(config, seed, folder)
 
 
 @experiment("soft-lenet-ullrich", configs=[SOFT_ULLRICH])
 def soft_lenet_ullrich(config:SoftRun, seed:int, folder:Path) -> dict:
-    "The network of the authors' tutorial, 642,460 parameters. `nncomp reproduce soft-lenet-ullrich`; about ten minutes a seed on one CPU core."
+    "The network of the authors' tutorial, 642,460 parameters. `nncomp reproduce soft-lenet-ullrich`; about six minutes a seed on one CPU core."
     return run_soft(config, seed, folder)
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #e90d190f

@@ -23,14 +23,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .core import check_fraction, check_int, count_parameters, default_device, evaluating, require, seed_everything
+from .core import check_fraction, check_int, checksum, count_parameters, default_device, evaluating, require, seed_everything
 from .container import load
 from .data import Batches, Data, load_data, random_affine, random_crop_flip
 from .deep_compression import Recipe, deep_compress, images_by_channel
 from .measure import count_macs, dense_bytes
 from .models import create_model_for, model_input_shape, register_model
 from .results import config_id, difference, experiment, load_records, spread
-from .training import evaluate, fit
+from .training import _logits, evaluate, fit
 
 # %% ../nbs/50_squeezenet.ipynb #d85be92e
 def _convolution(n_in, n_out, kernel=1, stride=1, padding=0):
@@ -164,6 +164,8 @@ def fold_batch_norm(
 ) -> nn.Module:       # a copy in evaluation mode without batch normalisation
     "Fold every batch normalisation into the convolution before it (@eq-squeezenet-fold); ValueError where there is none."
     model = copy.deepcopy(model).eval()
+    blind = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
+    if blind: raise ValueError(f"{blind[0]} keeps no running statistics (track_running_stats=False), so it cannot be folded")
     for module in list(model.modules()):
         if isinstance(module, Fire): _fold_fire_(module)
         if not isinstance(module, nn.Sequential): continue
@@ -395,10 +397,12 @@ class SoftTargets:
         if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}")
         self.teacher, self.temperature, self.alpha = teacher, temperature, check_fraction(alpha, "alpha")
 
+    def identity(self) -> str: return f"{self.temperature} {self.alpha} {checksum(self.teacher.state_dict().values())}"
+
     def __call__(self, model:nn.Module, xb:Tensor, yb:Tensor) -> tuple[Tensor, Tensor]:
         "Mean loss of a batch, and the student's logits."
-        logits, t = model(xb), self.temperature
-        with evaluating(self.teacher): soft = (self.teacher(xb) / t).softmax(1)
+        logits, t = _logits(model, xb), self.temperature
+        with evaluating(self.teacher): soft = (_logits(self.teacher, xb).to(logits) / t).softmax(1)
         divergence = F.kl_div((logits / t).log_softmax(1), soft, reduction="batchmean")
         return self.alpha * t**2 * divergence + (1 - self.alpha) * F.cross_entropy(logits, yb), logits
 
@@ -501,7 +505,7 @@ def run_squeezed(
 # %% ../nbs/50_squeezenet.ipynb #ee18baee
 @experiment("squeezed-lenet-mnist")
 def squeezed_lenet_mnist(config:Squeezed, seed:int, folder:Path) -> dict:
-    "LeNet-5 → squeezed LeNet (report 004), MNIST at 32 × 32. `nncomp reproduce squeezed-lenet-mnist --seeds 5`; about half an hour a seed on one CPU core, by an estimate from single epochs."
+    "LeNet-5 → squeezed LeNet (report 004), MNIST at 32 × 32. `nncomp reproduce squeezed-lenet-mnist --seeds 5`; about an hour a seed on one CPU core."
     return run_squeezed(config, seed, folder)
 
 

@@ -11,10 +11,12 @@ import functools
 import math
 import os
 import time
-import zlib
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .core import atomic_path, check_int, default_device, evaluating, named_weights, require
+from .core import atomic_path, check_int, checksum, default_device, evaluating, named_weights, require
 from .data import Batches, Data, Split
 
 # %% ../nbs/03_training.ipynb #63a24fca
@@ -213,9 +215,15 @@ class _Plan:
         for callback in self.callbacks: getattr(callback, hook)(run)
 
 # %% ../nbs/03_training.ipynb #abe98294
+_SIZES = "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"         # what launchers set
+_ALONE = SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, wait_for_everyone=lambda: None)
+
+
 def _world(device):
-    "accelerate's view of the processes, and the device of this one."
+    "accelerate's view of the processes where there are several, and the device of this one."
     device = torch.device(device or default_device())
+    launched = any(os.environ.get(name, "1") not in ("", "1") for name in _SIZES)
+    if not launched and not (torch.distributed.is_available() and torch.distributed.is_initialized()): return _ALONE, device
     cpu = device.type == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     world = require("accelerate").PartialState(cpu=cpu)
     return world, world.device if world.num_processes > 1 else device
@@ -325,18 +333,15 @@ _FORMAT = "nncomp training checkpoint 1"
 def _named(f):
     "A name for a function, arguments included where they were bound with `partial`."
     if isinstance(f, functools.partial): return f"{_named(f.func)}{f.args}{sorted(f.keywords.items())}"
-    return None if f is None else getattr(f, "__qualname__", type(f).__qualname__)
-
-
-def _digest(split):
-    "A checksum of the images and labels of a split."
-    return zlib.crc32(split.y.cpu().numpy(), zlib.crc32(split.x.cpu().contiguous().numpy()))
+    if f is None: return None
+    settings = f.identity() if hasattr(f, "identity") and not isinstance(f, type) else ""
+    return f"{getattr(f, '__qualname__', type(f).__qualname__)} {settings}".strip()
 
 
 def _identity(model, data, settings, callbacks, loss, augment):
     "Everything that must be equal for a run to be continued."
     shapes = {f"tensor {key}": f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
-    images = f"{data.name}, {len(data.train)} images of {tuple(data.train.x.shape[1:])}, checksum {_digest(data.train):08x}"
+    images = f"{data.name}, {len(data.train)} images of {tuple(data.train.x.shape[1:])}, checksum {checksum([data.train.x, data.train.y])}"
     return asdict(settings) | dict(data=images, callbacks=[f"{_named(type(c))} {c.identity()}".strip() for c in callbacks], loss=_named(loss), augment=_named(augment)) | shapes
 
 
@@ -363,12 +368,26 @@ def _read_checkpoint(path, identity):
         if before != now: raise ValueError(f"{path} belongs to another run: {key} is {before} there and {now} here; delete it or name another file")
     return saved
 
+
+_STARTS = weakref.WeakKeyDictionary()            # model -> {checkpoint: checksum of the weights with which its run began}
+
+
+def _claim(path, model, identity, main):
+    "What the checkpoint holds, or None; and what tells the run from others, its first weights included. A warning by the main process where these are not the model's."
+    known, place, saved = _STARTS.setdefault(model, {}), str(Path(path).resolve()), _read_checkpoint(path, identity)
+    if saved is None or place not in known: known[place] = checksum(t for t in model.state_dict().values() if isinstance(t, Tensor))
+    if saved is not None and saved.get("start", known[place]) != known[place]:
+        if main: warnings.warn(f"{path} holds a run that began from other weights than the model has; that run goes on, and the model gets its weights. "
+                               "If this is another model, delete the file or name another", stacklevel=3)
+        known[place] = saved["start"]
+    return saved, dict(identity=identity, start=known[place])
+
 # %% ../nbs/03_training.ipynb #5ef9a13f
-def _write_checkpoint(path, run, plan, identity):
+def _write_checkpoint(path, run, plan, claim):
     "Save the run after an epoch; the old file stays until the new one is whole."
     if path is None: return
     if plan.world.is_main_process:
-        saved = dict(format=_FORMAT, identity=identity, epoch=run.epoch, step=run.step, history=run.history, model=run.model.state_dict(),
+        saved = dict(format=_FORMAT, **claim, epoch=run.epoch, step=run.step, history=run.history, model=run.model.state_dict(),
                      optimizer=run.optimizer.state_dict(), scaler=plan.scaler.state_dict(), callbacks=[c.state_dict() for c in plan.callbacks])
         with atomic_path(path) as part: torch.save(saved, part)
     plan.world.wait_for_everyone()
@@ -458,7 +477,7 @@ def fit(
     momentum:float=0.9,        # of "sgd"
     l1:float=0.,               # λ₁ of `penalty`, on the weights
     l2:float=0.,               # λ₂ of `penalty`, on the weights
-    loss:Callable|None=None,   # called as loss(model, xb, yb), returns (mean loss, logits); None = cross entropy
+    loss:Callable|None=None,   # called as loss(model, xb, yb), returns (mean loss, logits), with its settings in `identity()`, if any; None = cross entropy
     augment:Callable|None=None,  # called as augment(xb, generator), returns the batch to train on
     callbacks:Sequence[Callback]=(),  # called in this order
     seed:int=0,                # order of the images, augmentation, dropout
@@ -472,8 +491,8 @@ def fit(
 ) -> list[dict]:               # per epoch: epoch, loss, accuracy, valid_loss, valid_accuracy, lr, seconds
     "Train a classifier by @eq-training-penalty; ValueError for settings or a checkpoint that do not fit, FloatingPointError for a loss that is not finite."
     settings = _Settings(epochs, lr, batch_size, optimizer, schedule, weight_decay, momentum, l1, l2, seed, channels_last, mixed_precision)
-    identity = _identity(model, data, settings, callbacks, loss, augment) if checkpoint is not None else None
-    saved = _read_checkpoint(checkpoint, identity) if checkpoint is not None else None
+    saved = claim = None
+    if checkpoint is not None: saved, claim = _claim(checkpoint, model, _identity(model, data, settings, callbacks, loss, augment), _world(device)[0].is_main_process)
     run, plan = _prepare(model, data, settings, callbacks, loss, augment, device)
     hidden = {} if progress and plan.world.is_main_process else {"disable": True}
     with _surroundings(run, plan, checkpoint):
@@ -483,5 +502,5 @@ def fit(
                 start = time.perf_counter()
                 bar.set_description(f"{title} epoch {run.epoch + 1}/{epochs}".strip(), refresh=False)
                 log(_finish_epoch(run, plan, *_train_epoch(run, plan, bar), start))
-                _write_checkpoint(checkpoint, run, plan, identity)
+                _write_checkpoint(checkpoint, run, plan, claim)
     return run.history

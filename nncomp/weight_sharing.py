@@ -13,19 +13,18 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .core import check_finite, check_fraction, check_int, evaluating, named_weights
+from .core import check_finite, check_fraction, check_int, check_plain, compiled, evaluating, named_weights
 from .data import Data
 from .kmeans import kmeans_1d
 from .training import Callback, Run, evaluate
 
 # %% ../nbs/21_weight_sharing.ipynb #e573ced2
-@njit(cache=True)
+@compiled()
 def _spread(codebook, labels, places, weight):
     "Write the value of each label to its place; with no places, one after the other."
     if len(places):
@@ -34,7 +33,7 @@ def _spread(codebook, labels, places, weight):
         for i in range(len(labels)): weight[i] = codebook[labels[i]]
 
 
-@njit(cache=True)
+@compiled()
 def _totals(gradient, labels, places, k):
     "The sum of the gradients of each label's members, in double precision."
     total, direct = np.zeros((4, k)), len(places) == 0
@@ -194,18 +193,6 @@ class Moving(nn.Module):
         return torch.where(self.kept, rounded + (weight - weight.detach()), 0.).to(self.like.dtype)
 
 # %% ../nbs/21_weight_sharing.ipynb #1e517d90
-def _check_plain(model, names):
-    "Refuse parameters from which a parametrization or a hook computes the tensor that the layer uses."
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        module, path = model.get_submodule(owner), owner.split(".")
-        if "parametrizations" in path: owner, leaf = ".".join(path[:path.index("parametrizations")]), path[path.index("parametrizations") + 1]
-        elif not isinstance(vars(module).get(leaf.rpartition("_")[0]), Tensor): continue
-        else: leaf = leaf.rpartition("_")[0]
-        computed = f"{owner}.{leaf}".lstrip(".")
-        raise ValueError(f"{computed} is computed from {name}; make it plain first (finalize_sharing does it for shared tensors), or name other tensors in `bits`")
-
-
 def _chosen(model, bits, biases):
     "Name -> (parameter, bits) of the tensors to share, checked."
     if not isinstance(model, nn.Module): raise ValueError(f"model must be an nn.Module, got {type(model).__name__}; kmeans_1d takes single tensors")
@@ -216,11 +203,11 @@ def _chosen(model, bits, biases):
         if strange: raise ValueError(f"bits names no floating parameter: {', '.join(map(str, strange))}; there are {', '.join(known) or 'none'}")
         empty = [name for name in bits if not known[name].numel()]
         if empty: raise ValueError(f"bits names empty tensors: {', '.join(empty)}")
-        _check_plain(model, bits)
+        check_plain(model, bits)
         return {name: (p, check_int(bits[name], 1, 16, f"bits of {name}")) for name, p in known.items() if name in bits}
     check_int(bits, 1, 16, "bits")
     found = named_weights(model, biases)
-    _check_plain(model, [name for name, _ in model.named_parameters()])
+    check_plain(model, [name for name, _ in model.named_parameters()])
     if not found: raise ValueError("the model has no weights to share: no floating parameter of rank two or more")
     if not any(p.numel() for p in found.values()): raise ValueError(f"the model has no weights to share: {', '.join(found)} hold no values")
     return {name: (p, bits) for name, p in found.items() if p.numel()}
@@ -388,7 +375,7 @@ def _price(rates, lam, zero, drop):
     return price if drop else price.masked_fill(zero, torch.inf)
 
 
-@njit(cache=True)
+@compiled()
 def _cheapest_loop(values, h, codes, price):
     "For each value the first entry of least h·(w - c)² + price."
     found, least = np.zeros(len(values), np.int64), np.empty(1024)
@@ -487,11 +474,11 @@ def weight_importance(
     leaves = {name: check_finite(w.detach(), name).requires_grad_() for name, w in weights.items()}   # frozen ones count too
     total, n = {name: torch.zeros_like(_wide(w.detach())) for name, w in weights.items()}, min(check_int(images, 1, name="images"), len(data.train))
     batches = data.train.x[torch.arange(n) * len(data.train) // n].split(check_int(batch_size, 1, name="batch_size"))
-    device = next(iter(weights.values())).device
+    device, dtype = next(iter(weights.values())).device, next(p.dtype for p in model.parameters() if p.is_floating_point())
     with evaluating(model), torch.enable_grad():
         for xb in batches:
-            logits = functional_call(model, leaves, (xb.to(device),))
-            drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
+            logits = functional_call(model, leaves, (xb.to(device, dtype),))
+            drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
             gradients = torch.autograd.grad(F.cross_entropy(logits, drawn), list(leaves.values()), allow_unused=True, materialize_grads=True)
             for name, g in zip(weights, gradients): total[name] += len(xb) / (2 * len(batches)) * _wide(g).square()
     return {name: h + damping * h.mean() for name, h in total.items()}

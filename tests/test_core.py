@@ -1,4 +1,5 @@
-"Checks at the public boundary: one ValueError that names the argument, whatever comes."
+"The few small things that every chapter uses: checks with one clear error, weights by name, whole files, compiled loops."
+import os
 from decimal import Decimal
 from fractions import Fraction
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from nncomp.core import check_fraction, check_int
+from nncomp.core import atomic_path, check_fraction, check_int, check_writable, checksum, compiled, default_device, named_weights, unwrap
 
 
 @given(st.floats(0, 1))
@@ -39,3 +41,88 @@ def test_all_else_is_one_error_with_the_name(value):
 def test_what_is_no_integer_is_named(value):
     with pytest.raises(ValueError, match="k must be an integer of at least 1, got"):
         check_int(value, 1, name="k")
+
+
+def test_compiled_without_a_folder_for_machine_code(monkeypatch):
+    "A read-only installation with no home: nothing can be kept, and everything runs."
+    from numba.core.caching import CacheImpl, CompileResultCacheImpl
+
+    for kind in {CacheImpl, CompileResultCacheImpl}:
+        monkeypatch.setattr(kind, "_locator_classes", [])
+    from numba import njit
+
+    with pytest.raises(RuntimeError, match="no locator"):
+        njit(cache=True)(lambda x: x)
+
+    @compiled(nogil=True)
+    def three_times(x):
+        return 3 * x
+
+    assert three_times(14) == 42
+
+
+@pytest.mark.parametrize("module, names", [
+    (nn.LayerNorm([4, 4]), []),
+    (nn.RMSNorm([4, 4]), []),
+    (nn.BatchNorm2d(4), []),
+    (nn.InstanceNorm3d(2, affine=True), []),
+    (nn.Conv2d(8, 1, 1), ["weight"]),                                   # a kernel that is a vector stays a weight
+    (nn.ConvTranspose1d(2, 3, 2), ["weight"]),
+    (nn.Embedding(5, 3), ["weight"]),
+    (nn.Bilinear(2, 3, 4), ["weight"]),
+    (nn.LSTM(3, 4), ["weight_ih_l0", "weight_hh_l0"]),
+    (nn.MultiheadAttention(8, 2, add_bias_kv=True), ["in_proj_weight", "out_proj.weight"]),
+])
+def test_what_counts_as_a_weight(module, names):
+    assert list(named_weights(module)) == names
+    extra = set(named_weights(module, biases=True)) - set(names)
+    assert all(name.endswith("bias") for name in extra) and not (names == [] and extra)
+
+
+def test_what_counts_as_a_weight_in_real_networks():
+    import torchvision
+
+    with torch.device("meta"):
+        convnext, vit = torchvision.models.convnext_tiny(), torchvision.models.vit_b_16()
+    found = named_weights(convnext)
+    assert not [name for name in found if "layer_scale" in name] and all(name.endswith("weight") for name in found)
+    assert "encoder.pos_embedding" in named_weights(vit) and "class_token" not in named_weights(vit)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile, lambda m: nn.DataParallel(torch.compile(m))])
+def test_unwrap(wrap):
+    net = nn.Linear(2, 2)
+    assert unwrap(wrap(net)) is net
+
+
+def test_a_link_stays_a_link_and_devices_are_refused(tmp_path):
+    (tmp_path / "v3.bin").write_bytes(b"old")
+    (tmp_path / "latest.bin").symlink_to("v3.bin")
+    with atomic_path(tmp_path / "latest.bin") as part:
+        part.write_bytes(b"new")
+    assert (tmp_path / "latest.bin").is_symlink() and (tmp_path / "v3.bin").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    odd = "not an ordinary file"
+    refused = {tmp_path / "pipe": odd, os.devnull: odd, tmp_path: "is a folder", tmp_path / "no" / "x": "create it first"}
+    for bad, told in refused.items():
+        with pytest.raises(ValueError, match=told):
+            check_writable(bad)
+        with pytest.raises(ValueError, match=told), atomic_path(bad):
+            pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.bin", "pipe", "v3.bin"]
+
+
+@given(st.lists(st.lists(st.floats(width=32), max_size=5), max_size=4), st.data())
+def test_checksum_sees_every_bit(rows, data):
+    tensors = [torch.tensor(row) for row in rows]
+    assert checksum(tensors) == checksum([t.clone() for t in tensors])
+    full = [i for i, t in enumerate(tensors) if t.numel()]
+    if full:
+        i = data.draw(st.sampled_from(full))
+        changed = [t.clone() for t in tensors]
+        changed[i].view(torch.int32)[data.draw(st.integers(0, len(changed[i]) - 1))] ^= 1 << data.draw(st.integers(0, 31))
+        assert checksum(changed) != checksum(tensors)                    # a CRC sees any single bit
+
+
+def test_the_default_device_runs_all_of_the_book():
+    assert torch.zeros(1, dtype=torch.float64, device=default_device()).dtype == torch.float64

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from nncomp.core import seed_everything
+from nncomp.core import MissingExtraError, seed_everything
 from nncomp.data import Data, Split
 from nncomp.training import Callback, Metrics, Run, _share, evaluate, fit, lr_factor, penalty
 
@@ -439,6 +440,49 @@ def shared_run(kind, seed, **options):
     options = dict(epochs=2, batch_size=16, lr=0.01, l1=1e-4, optimizer="sgd", callbacks=[look], device="cpu") | options
     history = fit(net, toy_data(n=33), **options)
     return {"state": net.state_dict(), "seen": look.seen, "history": no_seconds(history)}
+
+
+def test_one_process_needs_no_accelerate(monkeypatch):
+    "What `pip install nncomp` alone brings is enough to train and to compress."
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    net = toy_net(0)
+    assert len(fit(net, toy_data(), epochs=1, device="cpu", progress=False)) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MissingExtraError, match="accelerate is needed"):
+        fit(net, toy_data(), epochs=1, device="cpu", progress=False)
+
+
+def test_a_run_of_another_model_is_continued_with_a_warning(tmp_path):
+    options = dict(epochs=2, device="cpu", progress=False, checkpoint=tmp_path / "run.pt")
+    first, other = toy_net(0), toy_net(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for net in (first, first, toy_net(0)):                           # the same object, trained by now; one that begins alike
+            fit(net, toy_data(), **options)
+    with pytest.warns(UserWarning, match="began from other weights"):
+        fit(other, toy_data(), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(other, toy_data(), **options)                                # told once
+        fit(toy_net(0), toy_data(), **options)                           # and the file is still that of the first
+        (tmp_path / "run.pt").unlink()
+        fit(toy_net(1), toy_data(), **options)
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), other.state_dict().values()))
+
+
+def test_settings_of_a_loss_belong_to_the_run(tmp_path):
+    class Scaled:
+        def __init__(self, factor): self.factor = factor
+        def identity(self): return str(self.factor)
+        def __call__(self, model, xb, yb):
+            logits = model(xb)
+            return self.factor * nn.functional.cross_entropy(logits, yb), logits
+
+    options = dict(epochs=1, device="cpu", progress=False, checkpoint=tmp_path / "run.pt")
+    fit(toy_net(0), toy_data(), loss=Scaled(1.), **options)
+    fit(toy_net(0), toy_data(), loss=Scaled(1.), **options)
+    with pytest.raises(ValueError, match="loss is Scaled 1.0 there and Scaled 2.0 here|Scaled 1.0 there"):
+        fit(toy_net(0), toy_data(), loss=Scaled(2.), **options)
 
 
 SCRIPT = """
