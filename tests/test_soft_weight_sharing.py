@@ -312,3 +312,36 @@ def test_tables_of_made_up_records(seeds, monkeypatch, tmp_path):
 def test_penalty_is_timed(tmp_path):
     metrics = soft_penalty(PenaltyCost(sizes=(1000, 2000), plain_up_to=1000, repeats=2), 0, tmp_path)
     assert set(metrics["times"]) == {"ours-1000", "plain-1000", "ours-2000"} and metrics["step"] > 0
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("turn", [lambda w: w.t(), lambda w: w.view(4, 5, 6, 10).permute(3, 2, 0, 1), lambda w: w[:, ::2],
+                                  lambda w: w.view(4, 5, 6, 10).to(memory_format=torch.channels_last)])
+def test_any_layout_of_memory(turn, kind):
+    "Weights that come from another framework are seldom contiguous: same value, same slopes, same quantized values."
+    prior = SoftWeightSharing(nn.Linear(40, 30), components=4)
+    mixture = Mixture(*(t.detach().to(kind) for t in prior.mixture()))
+    odd = nn.Parameter(turn(0.1 * torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).to(kind)))
+    plain = nn.Parameter(odd.detach().clone(memory_format=torch.contiguous_format))
+    values = []
+    for w in (odd, plain):
+        values.append(mixture_nll(w, mixture))
+        values[-1].backward()
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(odd.grad, plain.grad)
+    nets = [nn.ParameterDict({"w": w}) for w in (odd, plain)]
+    counts = [soft_quantize_(net, mixture) for net in nets]
+    assert torch.equal(*counts) and torch.equal(odd, plain) and len(odd.unique()) <= 4
+
+
+def test_double_models_and_parametrized_ones():
+    net = nn.Linear(30, 40).double()
+    assert SoftWeightSharing(net)(net).isfinite()
+    with pytest.raises(ValueError, match="make it plain first"):
+        SoftWeightSharing(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+
+
+def test_start_of_the_prior_belongs_to_the_run():
+    net = nn.Linear(30, 40)
+    starts = [dict(), dict(zero_mixing=0.5), dict(std=0.2), dict(init="quantiles"), dict(components=8)]
+    assert len({TrainPrior(SoftWeightSharing(net, **start), 1e-3).identity() for start in starts}) == len(starts)
