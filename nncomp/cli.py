@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .container import _DTYPES, _TORCH, EXPANSION, Ledger, _with_aliases, bit_patterns, from_bit_patterns, inspect, load, load_tensors, save_tensors
-from .core import BitstreamError, atomic_path, check_finite, check_fraction, check_int, named_weights
+from .core import BitstreamError, atomic_path, check_finite, check_fraction, check_int, check_writable, named_weights
 from .data import load_data
 from .deep_compression import Classic, ClassicLeNet5, Report, run_classic
 from .kmeans import kmeans_1d
@@ -46,7 +46,7 @@ from .training import evaluate
 
 # %% ../nbs/90_cli.ipynb #b0d2abe4
 def read_tensors(
-    path:str|Path,  # .safetensors, .safetensors.index.json, .pt, .pth or .bin
+    path:str|Path,  # .safetensors, .pt, .pth or .bin, or the .index.json of several
 ) -> Iterator[tuple[str, Tensor|str]]:  # (name, tensor), one at a time, in the file's order; (name, earlier name) where tied
     "The tensors of a checkpoint. Raises `ValueError` where it is missing, damaged, or needs objects to be unpickled."
     path = Path(path)
@@ -55,7 +55,7 @@ def read_tensors(
     if path.name.endswith(".index.json"): return _read_sharded(path)
     if path.suffix == ".safetensors": return _read_safetensors(path)
     if path.suffix in (".pt", ".pth", ".bin"): return _with_aliases(_read_pickled(path))
-    raise ValueError(f"{path} should end in .safetensors, .safetensors.index.json, .pt, .pth or .bin")
+    raise ValueError(f"{path} should end in .safetensors, .pt, .pth, .bin or .index.json")
 
 # %% ../nbs/90_cli.ipynb #00f89ba2
 def _open_safetensors(path:Path) -> tuple[list[str], dict[str, str]]:
@@ -176,10 +176,7 @@ def check_output(
 ) -> Path:                      # where to write: the target, if `output` is a link
     "The output path, or a `ValueError`: its folder is missing, it is an input, no ordinary file, or exists already."
     if str(output).endswith(("/", os.sep)): raise ValueError(f"{output} is a folder; name a file in it")
-    output, named = Path(output).resolve(), output
-    if not output.parent.is_dir(): raise ValueError(f"the folder {output.parent} does not exist; create it first")
-    if output.is_dir(): raise ValueError(f"{output} is a folder; name a file in it")
-    if output.exists() and not output.is_file(): raise ValueError(f"{output} is not an ordinary file; choose another name")
+    output, named = check_writable(output), output
     if any(source.exists() and output.exists() and output.samefile(source) for source in sources):
         raise ValueError(f"the output {output} is the input, or part of it; choose another name")
     if os.path.lexists(named) and not force: raise ValueError(f"{named} exists already; add --force to replace it")

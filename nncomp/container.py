@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .arithmetic import decode_indices, encode_indices
-from .core import BitstreamError, atomic_path, compiled, require, unwrap
+from .core import BitstreamError, atomic_path, check_writable, compiled, require, unwrap
 from .entropy import counts, entropy_bits, pack_bits, read_varint, unpack_bits, write_varint
 from .huffman import FOUR, ONE, _read_lengths, decode, encode
 from .positions import best_gap_bits, decode_positions, encode_positions
@@ -712,9 +712,9 @@ def save_tensors(
 ) -> None:
     "Write tensors one by one as they come; the file appears when all are there."
     if Path(path).is_dir(): raise IsADirectoryError(f"{path} is a folder; name a file in it")
-    metadata, seen = _check_metadata(metadata), {}
+    path, metadata, seen = check_writable(path), _check_metadata(metadata), {}
     entries, small, packed = {}, bytearray(), _each(_pack_job, _pack_jobs(tensors, seen, coder, prepare), n_jobs)
-    with atomic_path(path) as part, tempfile.TemporaryFile(dir=Path(path).parent) as spool:
+    with atomic_path(path) as part, tempfile.TemporaryFile(dir=path.parent) as spool:
         for name, pieces in packed:
             size = sum(map(len, pieces))
             if size < OWN_ENTRY or name in _RESERVED or seen[name] != name: small += b"".join([_label(name, size), *pieces])
@@ -907,11 +907,14 @@ def _materialize(model:nn.Module, state:dict[str, Tensor], filled:dict[str, Tens
     "Let the tensors of a model on the meta device be those of `filled`; what was tied stays tied."
     lost = [name for name, b in model.named_buffers() if b.is_meta and name not in state]
     if lost: raise ValueError(f"{lost[0]} is on the meta device and no state dict has it; make the model on a device that has memory")
-    names = {}
+    names, taken = {}, set()
     for name, p in model.named_parameters(remove_duplicate=False): names.setdefault(id(p), []).append(name)
-    model.load_state_dict({name: t.to(state[name].dtype) for name, t in filled.items()}, assign=True)
-    for first, *others in names.values():
-        for owner, _, leaf in (name.rpartition(".") for name in others): setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+    for name, t in filled.items():
+        filled[name] = (t.clone() if id(t) in taken else t).to(state[name].dtype)      # tied in the file is not tied in the model
+        taken.add(id(t))
+    model.load_state_dict(filled, assign=True)
+    for *others, last in names.values():                                              # as `load_state_dict` has it: the last one counts
+        for owner, _, leaf in (name.rpartition(".") for name in others): setattr(model.get_submodule(owner), leaf, model.get_parameter(last))
 
 
 def _fill(model:nn.Module, tensors:dict[str, Tensor], path:str|os.PathLike) -> None:

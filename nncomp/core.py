@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,15 +144,14 @@ def _vector(p:Tensor, module:nn.Module) -> bool:
 
 def named_weights(
     model:nn.Module,      # any module
-    biases:bool=False,    # also the biases of the layers that own a weight (never those of normalisation layers)
+    biases:bool=False,    # also the biases, of layers whose weight is one (never those of normalisation layers)
 ) -> dict[str, nn.Parameter]:  # parameter name -> parameter, in the model's order
-    "The parameters that compression works on: floating, of rank two or more, tied ones once; none of a normalisation layer, and no vector with dimensions of one around it."
+    "The parameters that compression works on: floating, of rank two or more, tied ones once; none of a normalisation layer or called `bias`, no tensor of rank three or more that extends in one dimension only."
     found = {}
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        sibling = getattr(module, "weight", None)
-        if leaf == "bias": wanted = biases and isinstance(sibling, Tensor) and sibling.ndim >= 2
+        module = model.get_submodule(owner.partition("parametrizations.")[0].rstrip("."))      # the layer, also where it computes the tensor
+        if leaf == "bias": wanted = biases and getattr(module, "weight", p).ndim >= 2
         else: wanted = p.ndim >= 2 and not _vector(p, module)
         if wanted and p.is_floating_point() and not isinstance(module, _NORMALISATION): found[name] = p
     return found
@@ -166,8 +166,9 @@ def check_plain(
         owner, _, leaf = name.rpartition(".")
         module, path = model.get_submodule(owner), owner.split(".")
         if "parametrizations" in path: owner, leaf = ".".join(path[:path.index("parametrizations")]), path[path.index("parametrizations") + 1]
-        elif not isinstance(vars(module).get(leaf.rpartition("_")[0]), Tensor): continue
-        else: leaf = leaf.rpartition("_")[0]
+        else:
+            leaf, _, end = leaf.rpartition("_")
+            if end not in ("orig", "g", "v") or not isinstance(vars(module).get(leaf), Tensor): continue      # as prune, spectral_norm and weight_norm name them
         computed = f"{owner}.{leaf}".lstrip(".")
         raise ValueError(f"{computed} is computed from {name}; make it plain first (finalize_sharing does it for shared tensors, "
                          "torch.nn.utils.parametrize.remove_parametrizations for others), or name other tensors")
@@ -182,11 +183,12 @@ def as_bytes(
 
 
 def checksum(
-    tensors:Iterable[Tensor],  # any shapes, types and devices
-) -> str:                      # eight hexadecimal digits
+    tensors:Iterable[Any],  # tensors of any shapes, types and devices; what is none, as the extra state of a module, is passed over
+) -> str:                   # eight hexadecimal digits
     "CRC-32 of the bytes of all tensors in turn: equal for equal ones, and for others hardly ever."
     crc = 0
-    for t in tensors: crc = zlib.crc32(as_bytes(t).numpy(), crc)
+    for t in tensors:
+        if isinstance(t, Tensor): crc = zlib.crc32(as_bytes(t).numpy(), crc)
     return f"{crc:08x}"
 
 # %% ../nbs/00_core.ipynb #e34d3cc4

@@ -234,6 +234,7 @@ def first_order_scores(
 ) -> dict[str,Tensor]:              # weight name -> scores of its shape, at least 0, float32 or wider; larger = keep
     "First-order saliency |w · ∂L/∂w|, averaged over batches (@eq-pruning-first), for `drop_lowest` and `drop_lowest_global`."
     weights = _some({name: w for name, w in named_weights(model).items() if w.requires_grad})
+    check_plain(model, weights)
     scores, count, like = {name: torch.zeros_like(_wide(w)) for name, w in weights.items()}, 0, next(iter(weights.values()))
     with evaluating(model), torch.enable_grad():
         for xb, yb in batches:

@@ -142,11 +142,12 @@ class Pruner(MaskCallback):
     def identity(self) -> str:
         return str((self.sparsity, self.schedule, self.begin, self.end, self.every, self.scope, self.floor)) + self.score.removeprefix("magnitude")
 
+    def __getstate__(self) -> dict: return self.__dict__ | {"_model": None}                # a copy goes on with the masks
+
     def before_fit(self, run:Run) -> None:
         _targets(run.model, self.sparsity, self.scope, self.floor)
         if self.score == "fisher": _need_adam(run.optimizer)
-        if self.masks and self._model is not None and self._model() is not run.model:
-            raise ValueError("this Pruner holds the masks of another model; give each model a Pruner of its own")
+        if self._model is not None and self._model() is not run.model: self.masks = {}    # another model begins anew
         self._model, self.done = weakref.ref(run.model), False
         super().before_fit(run)
         self._advance(run)
@@ -267,7 +268,7 @@ def sensitivity_scan(
     "Accuracy and loss with one tensor at a time pruned by magnitude, no retraining (as Han et al. 2015, sec. 5)."
     split = getattr(data, "valid", data)
     if isinstance(split, Iterator): raise ValueError("data is an iterator, used up after one evaluation; give a list or a loader")
-    chosen, rows = named_weights(model) if names is None else names and _owned(model, names), []
+    chosen, rows = _owned(model, names) if (names := list(named_weights(model) if names is None else names)) else {}, []
     if not chosen: raise ValueError("nothing to scan: the model has no weight tensor, or no name was given")
     for name, p in chosen.items():
         original = p.detach().clone()

@@ -8,6 +8,7 @@ __all__ = ['lr_factor', 'penalty', 'Metrics', 'evaluate', 'Run', 'Callback', 'fi
 # %% ../nbs/03_training.ipynb #0484e662
 import contextlib
 import functools
+import inspect
 import math
 import os
 import time
@@ -223,7 +224,8 @@ def _world(device):
     "accelerate's view of the processes where there are several, and the device of this one."
     device = torch.device(device or default_device())
     launched = any(os.environ.get(name, "1") not in ("", "1") for name in _SIZES)
-    if not launched and not (torch.distributed.is_available() and torch.distributed.is_initialized()): return _ALONE, device
+    several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if not launched and not several: return _ALONE, device
     cpu = device.type == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     world = require("accelerate").PartialState(cpu=cpu)
     return world, world.device if world.num_processes > 1 else device
@@ -334,7 +336,7 @@ def _named(f):
     "A name for a function, arguments included where they were bound with `partial`."
     if isinstance(f, functools.partial): return f"{_named(f.func)}{f.args}{sorted(f.keywords.items())}"
     if f is None: return None
-    settings = f.identity() if hasattr(f, "identity") and not isinstance(f, type) else ""
+    settings = f.identity() if inspect.ismethod(getattr(f, "identity", None)) else ""
     return f"{getattr(f, '__qualname__', type(f).__qualname__)} {settings}".strip()
 
 
@@ -369,18 +371,17 @@ def _read_checkpoint(path, identity):
     return saved
 
 
-_STARTS = weakref.WeakKeyDictionary()            # model -> {checkpoint: checksum of the weights with which its run began}
+_LEFT = weakref.WeakKeyDictionary()              # model -> checksum of the weights with which the last run with a checkpoint left it
 
 
 def _claim(path, model, identity, main):
-    "What the checkpoint holds, or None; and what tells the run from others, its first weights included. A warning by the main process where these are not the model's."
-    known, place, saved = _STARTS.setdefault(model, {}), str(Path(path).resolve()), _read_checkpoint(path, identity)
-    if saved is None or place not in known: known[place] = checksum(t for t in model.state_dict().values() if isinstance(t, Tensor))
-    if saved is not None and saved.get("start", known[place]) != known[place]:
-        if main: warnings.warn(f"{path} holds a run that began from other weights than the model has; that run goes on, and the model gets its weights. "
-                               "If this is another model, delete the file or name another", stacklevel=3)
-        known[place] = saved["start"]
-    return saved, dict(identity=identity, start=known[place])
+    "What the checkpoint holds, or None; and what tells the run from others, its first weights included. A warning by the main process where the model has neither these nor those of a run before."
+    now, saved = checksum(model.state_dict().values()), _read_checkpoint(path, identity)
+    start = now if saved is None else saved.get("start", now)
+    if main and now not in (start, _LEFT.get(model)):
+        warnings.warn(f"{path} holds a run that began from other weights than the model has; that run goes on, and the model gets its weights. "
+                      "If this is another model, delete the file or name another", stacklevel=3)
+    return saved, dict(identity=identity, start=start)
 
 # %% ../nbs/03_training.ipynb #5ef9a13f
 def _write_checkpoint(path, run, plan, claim):
@@ -417,6 +418,7 @@ def _surroundings(run, plan, checkpoint):
         else: how = "nothing was kept" + ("; name a file with checkpoint=PATH to be able to go on" if checkpoint is None else "")
         raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}: {how}") from None
     finally:
+        if checkpoint is not None: _LEFT[run.model] = checksum(run.model.state_dict().values())
         for module, mode in modes.items(): module.training = mode
         for p, contiguous in formats.items():
             if contiguous: p.data = p.data.contiguous()

@@ -470,6 +470,7 @@ def weight_importance(
     "Half the diagonal of the Fisher information: what a squared change of each weight adds to the loss (LeCun et al. 1989, eq. 3)."
     weights, generator = named_weights(model, biases), torch.Generator().manual_seed(seed)
     if not weights: raise ValueError("the model has no weights: no floating parameter of rank two or more")
+    check_plain(model, weights)
     if not 0 <= damping < math.inf: raise ValueError(f"damping must be finite and at least 0, got {damping}")
     leaves = {name: check_finite(w.detach(), name).requires_grad_() for name, w in weights.items()}   # frozen ones count too
     total, n = {name: torch.zeros_like(_wide(w.detach())) for name, w in weights.items()}, min(check_int(images, 1, name="images"), len(data.train))
@@ -477,7 +478,7 @@ def weight_importance(
     device, dtype = next(iter(weights.values())).device, next(p.dtype for p in model.parameters() if p.is_floating_point())
     with evaluating(model), torch.enable_grad():
         for xb in batches:
-            logits = functional_call(model, leaves, (xb.to(device, dtype),))
+            logits = functional_call(model, leaves, (xb.to(device, dtype if xb.is_floating_point() else None),))
             drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
             gradients = torch.autograd.grad(F.cross_entropy(logits, drawn), list(leaves.values()), allow_unused=True, materialize_grads=True)
             for name, g in zip(weights, gradients): total[name] += len(xb) / (2 * len(batches)) * _wide(g).square()
@@ -543,6 +544,7 @@ def sharing_costs(
     "What sharing one tensor at a time costs; the bytes are those of an ideal coder for this tensor and its codebook."
     bits, tensors, costs = [check_int(b, 1, 16, "bits") for b in candidates], {n: p for n, p in named_weights(model, biases).items() if p.numel()}, {}
     if not bits or not tensors: raise ValueError("candidates must hold at least one number of bits" if tensors else "the model has no weights to share")
+    check_plain(model, tensors)
     before = evaluate(model, data.valid, device=device).loss
     for name, p in tensors.items():
         original, costs[name] = _values(p, name).clone(), []

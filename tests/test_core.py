@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from nncomp.core import atomic_path, check_fraction, check_int, check_writable, checksum, compiled, default_device, named_weights, unwrap
+from nncomp.core import (
+    atomic_path,
+    check_fraction,
+    check_int,
+    check_plain,
+    check_writable,
+    checksum,
+    compiled,
+    default_device,
+    named_weights,
+    unwrap,
+)
 
 
 @given(st.floats(0, 1))
@@ -124,5 +135,21 @@ def test_checksum_sees_every_bit(rows, data):
         assert checksum(changed) != checksum(tensors)                    # a CRC sees any single bit
 
 
-def test_the_default_device_runs_all_of_the_book():
-    assert torch.zeros(1, dtype=torch.float64, device=default_device()).dtype == torch.float64
+def test_the_default_device_has_float64(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert default_device().type in ("cuda", "cpu")
+
+
+def test_names_that_only_look_computed():
+    "A position table beside its embedding is nothing that a hook computes."
+    net = nn.Linear(2, 2)
+    net.pos, net.pos_embed = torch.arange(4), nn.Parameter(torch.ones(4, 2))
+    check_plain(net, named_weights(net))
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm):
+        odd = nn.Sequential(wrap(nn.Conv2d(8, 1, 1)))
+        with pytest.raises(ValueError, match="0.weight is computed from 0"):
+            check_plain(odd, named_weights(odd))
+
+
+def test_checksum_passes_over_what_is_no_tensor():
+    assert checksum([torch.ones(2), {"extra": 1}, None]) == checksum([torch.ones(2)])
