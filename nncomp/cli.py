@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .container import _DTYPES, _TORCH, EXPANSION, Ledger, _with_aliases, bit_patterns, from_bit_patterns, inspect, load, load_tensors, save_tensors
-from .core import BitstreamError, atomic_path, check_finite, check_fraction, check_int, check_writable, named_weights
+from .core import BitstreamError, _vector, atomic_path, check_finite, check_fraction, check_int, check_writable, named_weights
 from .data import load_data
 from .deep_compression import Classic, ClassicLeNet5, Report, run_classic
 from .kmeans import kmeans_1d
@@ -158,8 +158,7 @@ def shape_tensor(
     bits:int|None=None,        # at most 2**bits distinct values, zero among them; 1…16; None = keep all
 ) -> Tensor:                # same dtype and shape
     "Prune and share one weight tensor; vectors (also with dimensions of one around them), integers, 8-bit floats and what was not asked for stay as they are."
-    vector = tensor.ndim < 2 or tensor.ndim > 2 and sum(n > 1 for n in tensor.shape) < 2
-    if vector or tensor.dtype not in _SHAPED or tensor.numel() == 0 or (sparsity is None and bits is None): return tensor
+    if tensor.ndim < 2 or _vector(tensor) or tensor.dtype not in _SHAPED or tensor.numel() == 0 or (sparsity is None and bits is None): return tensor
     check_finite(tensor, name)
     if sparsity is not None: tensor = tensor.masked_fill(~magnitude_mask(tensor, sparsity), 0)   # a product would leave −0
     if bits is not None:

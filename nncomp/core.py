@@ -137,7 +137,7 @@ def evaluating(
 _NORMALISATION = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
-def _vector(p:Tensor, module:nn.Module) -> bool:
+def _vector(p:Tensor, module:nn.Module|None=None) -> bool:
     "Does a tensor of three dimensions or more extend in one at most? (A convolution's kernel may, and is none.)"
     return p.ndim > 2 and sum(n > 1 for n in p.shape) < 2 and not isinstance(module, nn.modules.conv._ConvNd)
 
@@ -151,7 +151,8 @@ def named_weights(
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner.partition("parametrizations.")[0].rstrip("."))      # the layer, also where it computes the tensor
-        if leaf == "bias": wanted = biases and getattr(module, "weight", p).ndim >= 2
+        sibling = getattr(module, "weight", p) if leaf == "bias" else None
+        if leaf == "bias": wanted = biases and isinstance(sibling, Tensor) and sibling.ndim >= 2
         else: wanted = p.ndim >= 2 and not _vector(p, module)
         if wanted and p.is_floating_point() and not isinstance(module, _NORMALISATION): found[name] = p
     return found

@@ -268,7 +268,8 @@ def sensitivity_scan(
     "Accuracy and loss with one tensor at a time pruned by magnitude, no retraining (as Han et al. 2015, sec. 5)."
     split = getattr(data, "valid", data)
     if isinstance(split, Iterator): raise ValueError("data is an iterator, used up after one evaluation; give a list or a loader")
-    chosen, rows = _owned(model, names) if (names := list(named_weights(model) if names is None else names)) else {}, []
+    names = list(named_weights(model) if names is None else names)
+    chosen, rows = _owned(model, names) if names else {}, []
     if not chosen: raise ValueError("nothing to scan: the model has no weight tensor, or no name was given")
     for name, p in chosen.items():
         original = p.detach().clone()

@@ -519,7 +519,8 @@ def soft_compress(
     progress:bool=True,   # show bars
 ) -> SoftReport:
     "Train under the prior, merge, prune and quantize, tune the values, write the file (after Ullrich et al. 2017)."
-    path, folder, model = check_writable(path), None if folder is None else Path(folder), unwrap(model)
+    check_writable(path)
+    path, folder, model = Path(path), None if folder is None else Path(folder), unwrap(model)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
     soft, options, tag = copy.deepcopy(model), dict(seed=seed, device=device, progress=progress), run_tag(model, data, (recipe, _named(augment)), seed)
     kept = (lambda name: None) if folder is None else (lambda name: folder / f"{name}-{tag}.pt")

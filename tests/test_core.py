@@ -151,5 +151,12 @@ def test_names_that_only_look_computed():
             check_plain(odd, named_weights(odd))
 
 
+@pytest.mark.parametrize("weight", [None, 0.5, torch.ones(3)])
+def test_a_bias_beside_what_is_no_matrix(weight):
+    net = nn.Module()
+    net.weight, net.bias = weight, nn.Parameter(torch.ones(3))
+    assert named_weights(net, biases=True) == {}
+
+
 def test_checksum_passes_over_what_is_no_tensor():
     assert checksum([torch.ones(2), {"extra": 1}, None]) == checksum([torch.ones(2)])
