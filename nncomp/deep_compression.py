@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'predict_bytes', 'Recipe', 'images_by_channel', 'prune_stage', 'share_stage', 'Stage', 'Report', 'run_tag',
-           'deep_compress', 'Classic', 'ClassicLeNet5', 'run_classic', 'classic_lenet_300_100', 'classic_lenet_5']
+           'deep_compress', 'absorb_batch_norm', 'Classic', 'ClassicLeNet5', 'run_classic', 'classic_lenet_300_100',
+           'classic_lenet_5']
 
 # %% ../nbs/40_deep_compression.ipynb #8eabb52d
 import copy
 import hashlib
+import itertools
 import math
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +36,7 @@ from .models import create_model_for, model_input_shape
 from .pruning import apply_masks_
 from .results import experiment
 from .schedules import Pruner, grow_masks
-from .training import evaluate, fit
+from .training import callable_name, evaluate, fit
 from .weight_sharing import finalize_sharing, share_weights
 
 # %% ../nbs/40_deep_compression.ipynb #1ae88986
@@ -99,6 +102,7 @@ def prune_stage(
     data:Data|None,       # retrains on its training split; None = cut only
     recipe:Recipe,        # uses sparsity, scope, floor, ramp, prune_epochs, prune_lr, weight_decay
     *,
+    augment:Callable|None=None,          # changes each batch that is trained on, see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
     checkpoint:str|Path|None=None,       # see `fit`
@@ -110,7 +114,7 @@ def prune_stage(
     pruner = Pruner(recipe.sparsity, scope=recipe.scope, floor=recipe.floor, begin=0., end=recipe.ramp)
     fit(model, data, epochs=recipe.prune_epochs, lr=recipe.prune_lr, batch_size=recipe.batch_size, callbacks=[pruner],
         weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="pruning",
-        seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+        augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
 
 # %% ../nbs/40_deep_compression.ipynb #d580a09f
 def share_stage(
@@ -118,6 +122,7 @@ def share_stage(
     data:Data|None,       # trains the shared values on its training split; None = cluster only
     recipe:Recipe,        # uses bits, init, share_epochs, share_lr, weight_decay
     *,
+    augment:Callable|None=None,          # changes each batch that is trained on, see `fit`
     seed:int=0,           # order of the images, random starts
     device:str|torch.device|None=None,   # None = the fastest
     checkpoint:str|Path|None=None,       # see `fit`
@@ -131,7 +136,7 @@ def share_stage(
     if trainable:
         fit(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, batch_size=recipe.batch_size,
             weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="sharing",
-            seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+            augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
         finalize_sharing(model)
 
 # %% ../nbs/40_deep_compression.ipynb #530a25bf
@@ -170,9 +175,10 @@ def run_tag(
     data:Data|None,     # training and validation images
     recipe:Any,         # a frozen dataclass: what is done
     seed:int,           # of the run
+    augment:Callable|None=None,  # what changes each batch, see `fit`
 ) -> str:               # ten hexadecimal digits
-    "A name for one run: it changes with weights, images, recipe and seed, so that no run resumes another's."
-    digest = hashlib.sha256(repr((type(model).__qualname__, recipe, seed)).encode())
+    "A name for one run: it changes with weights, images, recipe, seed and augmentation, so that no run resumes another's."
+    digest = hashlib.sha256(repr((type(model).__qualname__, recipe, seed, *([callable_name(augment)] if augment else []))).encode())
     for tensor in () if data is None else (data.train.x, data.train.y, data.valid.x, data.valid.y): digest.update(as_bytes(tensor).numpy())
     for name, tensor in model.state_dict().items(): digest.update(name.encode() + as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()[:10]
@@ -210,6 +216,7 @@ def deep_compress(
     *,
     path:str|Path,                # the file to write
     folder:str|Path|None=None,    # keeps each stage's state and the checkpoints, so that a run can be resumed
+    augment:Callable|None=None,   # changes each batch that is trained on, see `fit`
     seed:int=0,                   # order of the images, and random starts of k-means
     device:str|torch.device|None=None,  # None = the fastest
     progress:bool=True,           # show a bar
@@ -220,12 +227,12 @@ def deep_compress(
     model = unwrap(model)
     _check(model, data, recipe, Path(path))
     device, folder = device or default_device(), None if folder is None else Path(folder)
-    model, tag = copy.deepcopy(model).to(device), run_tag(model, data, recipe, seed)
+    model, tag = copy.deepcopy(model).to(device), run_tag(model, data, recipe, seed, augment)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
     stages = [_measured("dense", model, data, recipe, device, 0.)]
     for name, stage in (("pruned", prune_stage), ("shared", share_stage)):
         start = time.perf_counter()
-        options = dict(seed=seed, device=device, progress=progress, checkpoint=folder and folder / f"{name}-{tag}.pt")
+        options = dict(augment=augment, seed=seed, device=device, progress=progress, checkpoint=folder and folder / f"{name}-{tag}.pt")
         _resumable(folder and folder / f"{name}-{tag}.nncomp", model, lambda: stage(model, data, recipe, **options))
         stages.append(_measured(name, model, data, recipe, device, time.perf_counter() - start))
     stages.append(_coded(model, path, recipe, stages[-1]))
@@ -254,6 +261,29 @@ def _coded(model, path, recipe, before) -> Stage:
             if not (same and torch.equal(as_bytes(back[name]), as_bytes(tensor))): raise RuntimeError(f"{name} would not come back as it was; nothing was written")
     return Stage("coded", before.valid_error_percent, before.sparsity, before.distinct, before.predicted_bytes,
                  Path(path).stat().st_size, time.perf_counter() - start)
+
+# %% ../nbs/40_deep_compression.ipynb #7d15ab02
+@torch.no_grad()
+def absorb_batch_norm(
+    model:nn.Module,  # trained; left as it is
+) -> nn.Module:       # a copy in evaluation mode with tensors of the same shapes; not to be trained further
+    """Move what a batch normalisation does into its scale and shift (@eq-deep-absorb): its running mean becomes 0, its running variance 1, and so does
+    the bias 0 of a convolution or linear layer directly before it in a `Sequential`. The network computes the same up to rounding, and its file is smaller.
+    A normalisation without scale and shift, or used twice, stays as it is."""
+    model = copy.deepcopy(unwrap(model)).eval()
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    once = lambda m: all(uses[id(p)] == 1 for p in m.parameters())
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine and m.running_mean is not None and once(m)]
+    chains = [m for m in model.modules() if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward]
+    before = {norm: layer for chain in chains for layer, norm in itertools.pairwise(chain)
+              if norm in norms and type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and layer.bias is not None and once(layer)}
+    for norm in norms:
+        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        bias = before[norm].bias if norm in before else torch.zeros_like(norm.bias)
+        norm.bias.copy_(norm.bias.double() + (bias.double() - norm.running_mean.double()) * scale)
+        norm.weight.copy_(scale * math.sqrt(1 + norm.eps))
+        norm.running_mean.zero_(), norm.running_var.fill_(1), bias.zero_()
+    return model
 
 # %% ../nbs/40_deep_compression.ipynb #22e4cdf9
 @dataclass(frozen=True)

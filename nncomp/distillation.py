@@ -15,6 +15,7 @@ __all__ = ['AUGMENTATIONS', 'VGG_13', 'SIZES', 'ACCURACY_001', 'CHAINS_001', 'so
 
 # %% ../nbs/60_distillation.ipynb #dbad74f1
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -28,13 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .container import load
+from .container import load, save
 from .core import check_finite, check_fraction, check_int, checksum, default_device, evaluating, remembered, require, seed_everything
 from .data import Data, Split, random_affine, random_crop_flip
-from .deep_compression import Recipe, _resumable, deep_compress, images_by_channel
+from .deep_compression import Recipe, _resumable, absorb_batch_norm, deep_compress, images_by_channel
 from .models import create_model_for, load_data_for, mlp, model_names, register_model
 from .results import Record, config_id, difference, experiment, find_experiment, load_records, paired_interval, spread
-from .training import Callback, Run, _device_of, _logits, _named, evaluate, fit
+from .training import Callback, Run, _device_of, _logits, callable_name, evaluate, fit
 
 # %% ../nbs/60_distillation.ipynb #c5a2634f
 def _temperature(value):
@@ -199,7 +200,7 @@ class Matching(Callback):
         self.regressors = dict(regressors or {})
         self.learnt = nn.ModuleList(self.regressors.values())
 
-    def identity(self) -> str: return str((self.pairs, _named(self.loss), self.weight))
+    def identity(self) -> str: return str((self.pairs, callable_name(self.loss), self.weight))
 
     def before_fit(self, run:Run) -> None:
         self.learnt.to(run.device)
@@ -292,7 +293,7 @@ class Distillation(Callback):
         settings = dict(temperature=_temperature(temperature), alpha=check_fraction(alpha, "alpha"))
         self.loss = loss or functools.partial(distillation_loss, **settings)
 
-    def identity(self) -> str: return f"{_named(self.loss)} {checksum([self.teacher] if isinstance(self.teacher, Tensor) else self.teacher.state_dict().values())}"
+    def identity(self) -> str: return f"{callable_name(self.loss)} {checksum([self.teacher] if isinstance(self.teacher, Tensor) else self.teacher.state_dict().values())}"
 
     def before_fit(self, run:Run) -> None:
         self.run, self.fresh = run, True
@@ -455,14 +456,14 @@ class Distilled:
     alpha:float = 0.9           # weight of the teacher's part
     views:int = 8               # augmented copies of each image, whose logits are cached; 0 = a live teacher, fresh augmentation
     teachers:int = 0            # seed k learns from the teacher of seed k mod this; 0 = each has its own
-    recipe:Recipe = Recipe(sparsity=0.92, prune_epochs=3, share_epochs=1, coder="best")  # epochs of `recipe_views` passes each
-    recipe_views:int = 4        # augmented copies of each image for the retraining
+    recipe:Recipe = Recipe(sparsity=0.92, prune_epochs=3, share_epochs=1, coder="best")  # epochs of `recipe_views` passes each, or of one
+    recipe_views:int = 4        # augmented copies of each image for the retraining; 0 = fresh augmentation
 
     def __post_init__(self):
         if self.views and self.student.epochs % self.views: raise ValueError(f"{self.student.epochs} epochs cannot be {self.views} views, each seen equally often")
 
 # %% ../nbs/60_distillation.ipynb #650374b6
-VGG_13 = Course("vgg13", epochs=30, lr=0.1, optimizer="sgd", weight_decay=5e-4, augment="crop-flip")
+VGG_13 = Course("vgg13", epochs=10, lr=0.1, optimizer="sgd", weight_decay=5e-4, augment="crop-flip")
 
 
 @dataclass(frozen=True)
@@ -470,8 +471,9 @@ class DistilledMiniVGG(Distilled):
     "The same on CIFAR-10: VGG-13 teaches MiniVGG, live."
     dataset:str = "cifar10"
     teacher:Course = VGG_13
-    student:Course = replace(VGG_13, model="minivgg", epochs=40)
+    student:Course = replace(VGG_13, model="minivgg", epochs=20)
     views:int = 0
+    recipe_views:int = 0
     teachers:int = 1
     recipe:Recipe = Recipe(sparsity=0.9, prune_epochs=2, prune_lr=1e-3, share_epochs=1, coder="best")
 
@@ -495,12 +497,20 @@ def _lessons(config, data, teacher):
     return views, course, lambda: cache_logits(teacher, views.train)
 
 # %% ../nbs/60_distillation.ipynb #f1d707bc
-def _compressed(config, net, images, test, seed, folder, name, **options):
-    "Compress one student and judge the file's network on the test images."
+def _retraining(config, data, seed):
+    "What gives the images for the retraining, and what augments these: fixed views, made once, or fresh augmentation."
+    augment = AUGMENTATIONS[config.student.augment]
+    if not config.recipe_views: return lambda: data, augment
+    return functools.cache(lambda: fixed_views(data, augment or (lambda x, g: x), config.recipe_views, seed=seed)), None
+
+
+def _compressed(recipe, net, images, augment, test, seed, folder, name, **options):
+    "Compress one network, its normalisations too, and judge what the file loads back to on the test images."
     path = folder / f"{name}-compressed.nncomp"
     def work():
-        report = deep_compress(net, images(), config.recipe, path=path, folder=folder / name, seed=seed, **options)
-        return judge(report.model, test) | dict(bytes=report.file_bytes, dense_bytes=report.dense_bytes, sparsity=report.stages[-1].sparsity)
+        report = deep_compress(net, images(), recipe, path=path, folder=folder / name, augment=augment, seed=seed, **options)
+        save(absorb_batch_norm(report.model), path, coder=recipe.coder)
+        return judge(load(path, into=copy.deepcopy(net)), test) | dict(bytes=path.stat().st_size, dense_bytes=report.dense_bytes, sparsity=report.stages[-1].sparsity)
     return remembered(folder / f"{name}-compressed.json", work)
 
 # %% ../nbs/60_distillation.ipynb #3300768d
@@ -522,8 +532,8 @@ def run_distilled(
     nets = dict(teacher=teacher, alone=train_by(course, images, seed, folder / "alone", **options),
                 distilled=train_by(course, images, seed, folder / "distilled", teacher=answers, temperature=config.temperature, alpha=config.alpha, **options))
     found = {name: remembered(folder / f"{name}.json", lambda: judge(net, data.test)) for name, net in nets.items()}
-    pool = functools.cache(lambda: fixed_views(data, AUGMENTATIONS[config.student.augment] or (lambda x, g: x), config.recipe_views, seed=seed))
-    for name in ("alone", "distilled"): found[f"{name}-compressed"] = _compressed(config, nets[name], pool, data.test, seed, folder, name, **options)
+    pool, augment = _retraining(config, data, seed)
+    for name in ("alone", "distilled"): found[f"{name}-compressed"] = _compressed(config.recipe, nets[name], pool, augment, data.test, seed, folder, name, **options)
     last = found["distilled-compressed"]
     return dict(model=config.student.model, dataset=config.dataset, test_images=len(data.test), teacher_model=config.teacher.model, networks=found, dense_error_percent=found["distilled"]["error_percent"],
                 file_error_percent=last["error_percent"], file_bytes=last["bytes"], dense_bytes=last["dense_bytes"], artefact=folder / "distilled-compressed.nncomp")
@@ -544,7 +554,7 @@ def distilled_lenet_300_100(config:Distilled, seed:int, folder:Path) -> dict:
 
 @experiment("distilled-minivgg")
 def distilled_minivgg(config:DistilledMiniVGG, seed:int, folder:Path) -> dict:
-    "VGG-13 teaches MiniVGG on CIFAR-10, then both students compressed. `nncomp reproduce distilled-minivgg --seeds 3`; two hours for the teacher, two for each seed, on two CPU cores."
+    "VGG-13 teaches MiniVGG on CIFAR-10, then both students compressed. `nncomp reproduce distilled-minivgg --seeds 3`; an hour and a half for the teacher, as long for each seed, on two CPU cores."
     return run_distilled(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/60_distillation.ipynb #da47f5f3
@@ -553,8 +563,7 @@ class CompressedVGG13:
     "The teacher, compressed. It is the teacher of `DistilledMiniVGG` where the seed is the same."
     dataset:str = "cifar10"
     course:Course = VGG_13
-    recipe:Recipe = Recipe(sparsity=0.95, prune_epochs=3, prune_lr=1e-3, share_epochs=1, coder="best")  # epochs of `recipe_views` passes each
-    recipe_views:int = 2
+    recipe:Recipe = Recipe(sparsity=0.97, bits=4, prune_epochs=3, prune_lr=5e-4, share_epochs=1, coder="best")
 
 # %% ../nbs/60_distillation.ipynb #c583b000
 def run_compressed_vgg13(
@@ -572,15 +581,14 @@ def run_compressed_vgg13(
     data = load_data_for(config.dataset, config.course.model, device)
     net = trained_teacher(config.course, data, seed, teachers or folder, **options)
     dense = remembered(folder / "dense.json", lambda: judge(net, data.test))
-    pool = lambda: fixed_views(data, AUGMENTATIONS[config.course.augment] or (lambda x, g: x), config.recipe_views, seed=seed)
-    last = _compressed(config, net, pool, data.test, seed, folder, "dense", **options)
+    last = _compressed(config.recipe, net, lambda: data, AUGMENTATIONS[config.course.augment], data.test, seed, folder, "dense", **options)
     return dict(model=config.course.model, dataset=config.dataset, test_images=len(data.test), dense=dense, compressed=last, dense_error_percent=dense["error_percent"],
                 file_error_percent=last["error_percent"], file_bytes=last["bytes"], dense_bytes=last["dense_bytes"], artefact=folder / "dense-compressed.nncomp")
 
 # %% ../nbs/60_distillation.ipynb #c76b50b9
 @experiment("compressed-vgg13")
 def compressed_vgg13(config:CompressedVGG13, seed:int, folder:Path) -> dict:
-    "VGG-13 on CIFAR-10 by deep compression. `nncomp reproduce compressed-vgg13 --seeds 3`; about three hours a seed on two CPU cores, or half an hour where the teacher of `distilled-minivgg` is there."
+    "VGG-13 on CIFAR-10 by deep compression. `nncomp reproduce compressed-vgg13 --seeds 3`; about two hours a seed on two CPU cores, or 40 minutes where the teacher of `distilled-minivgg` is there."
     return run_compressed_vgg13(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/60_distillation.ipynb #84ff157b

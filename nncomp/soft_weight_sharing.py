@@ -33,7 +33,7 @@ from .deep_compression import Recipe, images_by_channel, prune_stage, run_tag, s
 from .measure import compression_ratio, dense_bytes, sparsity, time_call
 from .models import create_model, create_model_for, load_data_for
 from .results import difference, experiment, load_records, mean_sd
-from .training import Callback, Run, _named, evaluate, fit
+from .training import Callback, Run, callable_name, evaluate, fit
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #b20cad7f
 class Mixture(NamedTuple):
@@ -522,7 +522,7 @@ def soft_compress(
     check_writable(path)
     path, folder, model = Path(path), None if folder is None else Path(folder), unwrap(model)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
-    soft, options, tag = copy.deepcopy(model), dict(seed=seed, device=device, progress=progress), run_tag(model, data, (recipe, _named(augment)), seed)
+    soft, options, tag = copy.deepcopy(model), dict(seed=seed, device=device, progress=progress), run_tag(model, data, recipe, seed, augment)
     kept = (lambda name: None) if folder is None else (lambda name: folder / f"{name}-{tag}.pt")
     training = soft_stage(soft, data, recipe, augment=augment, checkpoint=kept("soft"), **options)
     mixture, quantized = merge_components(training.prior.mixture(), recipe.merge_below), copy.deepcopy(soft)

@@ -9,7 +9,7 @@ from torch import nn
 from nncomp.container import load
 from nncomp.core import named_weights
 from nncomp.data import Data, Split, load_data
-from nncomp.deep_compression import Classic, Recipe, deep_compress, predict_bytes, run_classic
+from nncomp.deep_compression import Classic, Recipe, absorb_batch_norm, deep_compress, predict_bytes, run_classic
 from nncomp.training import Callback, evaluate, fit
 
 
@@ -100,6 +100,82 @@ def test_a_stage_is_never_taken_from_another_run(tmp_path, digits):
     first = deep_compress(model, digits, recipe, path=tmp_path / "a.nncomp", **options)
     other = deep_compress(model, digits, dataclasses.replace(recipe, sparsity=0.9), path=tmp_path / "b.nncomp", **options)
     assert first.stages[-1].sparsity < 0.75 < 0.85 < other.stages[-1].sparsity
+
+
+def test_both_stages_train_on_what_the_augmentation_gives(tmp_path, digits):
+    model, steps = small_net(), []
+    recipe = Recipe(sparsity=0.7, prune_epochs=2, share_epochs=1, bits=3, batch_size=32)
+
+    def flip(xb, generator):
+        steps.append(len(xb))
+        return xb.flip(3)
+
+    options = dict(folder=tmp_path / "work", device="cpu", progress=False)
+    plain = deep_compress(model, digits, recipe, path=tmp_path / "a.nncomp", **options)
+    flipped = deep_compress(model, digits, recipe, path=tmp_path / "b.nncomp", augment=flip, **options)
+    assert sum(steps) == 3 * len(digits.train), "two epochs of pruning and one of sharing, every image in each"
+    mirror = dataclasses.replace(digits, train=Split(digits.train.x.flip(3), digits.train.y))
+    by_hand = deep_compress(model, mirror, recipe, path=tmp_path / "c.nncomp", **options)
+    assert flipped.path.read_bytes() == by_hand.path.read_bytes() != plain.path.read_bytes()
+    steps.clear()
+    again = deep_compress(model, digits, recipe, path=tmp_path / "d.nncomp", augment=flip, **options)
+    assert again.path.read_bytes() == flipped.path.read_bytes() and not steps, "finished stages are read, and those of this run"
+
+
+def trained_norms(model):
+    "As if it had been trained."
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
+                m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
+            for p in m.parameters(recurse=False):
+                if p.ndim == 1:
+                    p.normal_()
+    return model.eval()
+
+
+class Backwards(nn.Sequential):
+    "The normalisation comes first."
+
+    def forward(self, x):
+        return self[0](self[1](x))
+
+
+class Residual(nn.Module):
+    "A normalisation used twice, a layer used twice, one without scale, one without statistics, and a chain with a forward of its own."
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.Conv2d(4, 4, 1)
+        self.a, self.b = nn.Sequential(shared, nn.BatchNorm2d(4)), nn.Sequential(shared, nn.BatchNorm2d(4))
+        norm = nn.BatchNorm2d(4)
+        self.c, self.d = nn.Sequential(nn.Conv2d(4, 4, 1), norm), nn.Sequential(nn.Conv2d(4, 4, 1), norm)
+        plain, blind = nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, track_running_stats=False)
+        self.e = nn.Sequential(nn.Conv2d(4, 4, 1), plain, nn.Conv2d(4, 4, 1), blind)
+        self.f = Backwards(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.g = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, 3, bias=False), nn.BatchNorm1d(3))
+
+    def forward(self, x):
+        for part in (self.a, self.b, self.c, self.d, self.e, self.f):
+            x = x + part(x)
+        return self.g(x)
+
+
+def test_absorbed_norms_compute_the_same():
+    net = trained_norms(Residual())
+    before, x = copy.deepcopy(net.state_dict()), torch.randn(16, 4, 4, 4)
+    absorbed = absorb_batch_norm(net)
+    assert torch.allclose(absorbed(x), net(x), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "the argument changed"
+    assert {k: v.shape for k, v in absorbed.state_dict().items()} == {k: v.shape for k, v in before.items()}
+    norms = {name: m for name, m in absorbed.named_modules() if getattr(m, "running_mean", None) is not None}
+    absorbed_names = {name for name, m in norms.items() if not m.running_mean.any() and (m.running_var == 1).all()}
+    assert absorbed_names == {"a.1", "b.1", "f.1", "g.2", "g.4"}
+    assert not absorbed.g[1].bias.any(), "a bias goes where one normalisation follows it"
+    assert absorbed.a[0].bias.any() and absorbed.f[0].bias.any(), "and nowhere else"
+    twice = absorb_batch_norm(absorbed)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(absorbed.state_dict().values(), twice.state_dict().values()))
 
 
 def test_prediction_is_the_entropy_of_a_random_layer(tmp_path):

@@ -376,12 +376,13 @@ def test_sizes_and_pairs():
     assert [count_parameters(create_model(f"mlp-{n}")) for n in SIZES] == [n * 785 + 10 * (n + 1) for n in SIZES]
     assert count_parameters(create_model(DistilledMiniVGG().student.model)) == 1_575_690
     assert count_parameters(create_model(VGG_13.model)) == 9_416_010
-    assert replace(DistilledMiniVGG().student, model="vgg13", epochs=30) == DistilledMiniVGG().teacher == CompressedVGG13().course
+    assert replace(DistilledMiniVGG().student, model="vgg13", epochs=10) == DistilledMiniVGG().teacher == CompressedVGG13().course
 
 
 def test_distilled_both_ways(tmp_path):
     cached = run_distilled(TOY, 0, tmp_path / "cached", progress=False)
-    live = run_distilled(replace(TOY, views=0, teachers=1), 5, tmp_path / "live", teachers=tmp_path / "cached", progress=False)
+    fresh = replace(TOY, views=0, recipe_views=0, teachers=1)
+    live = run_distilled(fresh, 5, tmp_path / "live", teachers=tmp_path / "cached", progress=False)
     names = [p.name for p in (tmp_path / "cached").glob("lenet-5-small-*.nncomp")]
     assert len(names) == 1 and names[0].endswith("-0.nncomp") and not list((tmp_path / "live").glob("lenet-5-small-*"))
     for metrics in (cached, live):
@@ -396,7 +397,7 @@ def test_distilled_both_ways(tmp_path):
 
 
 def test_vgg13(tmp_path):
-    config = CompressedVGG13(dataset="digits", course=Course("lenet-5-small", epochs=1, augment="affine"), recipe=QUICK, recipe_views=1)
+    config = CompressedVGG13(dataset="digits", course=Course("lenet-5-small", epochs=1, augment="affine"), recipe=QUICK)
     metrics = run_compressed_vgg13(config, 0, tmp_path, progress=False)
     assert metrics["file_bytes"] < metrics["dense_bytes"] == 4 * 44_426
     assert metrics["compressed"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
