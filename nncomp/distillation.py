@@ -835,7 +835,7 @@ def vgg13_table(
     if not records: return _pending("compressed-vgg13", 3)
     rows = ("dense", lambda r: r.metrics["dense_bytes"]), ("compressed", lambda r: r.metrics["file_bytes"])
     return require("pandas").DataFrame([{"VGG-13": arm, "accuracy, %": spread(records, lambda r: 100 - r.metrics[arm]["error_percent"]), "bytes": spread(records, size),
-                                         "calibration error, %": spread(records, lambda r: 100 * r.metrics[arm]["ece"])} for arm, size in rows])
+                                         "calibration error, %": spread(records, lambda r: 100 * r.metrics[arm]["ece"], 2)} for arm, size in rows])
 
 # %% ../nbs/60_distillation.ipynb #e86f13e2
 def teacher_verdict(
