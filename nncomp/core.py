@@ -14,6 +14,8 @@ import json
 import os
 import random
 import secrets
+import signal
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -45,17 +47,40 @@ def require(
                                 f"install it with: pip install 'nncomp[{extra}]'") from error
 
 # %% ../nbs/00_core.ipynb #dae4d033
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    "Hold back signals that Python code handles, and raise the first again at the end."
+    held, ours = [], {}
+    if threading.current_thread() is threading.main_thread():              # no other thread may set handlers, or gets the signals
+        ours = {s: handler for s in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(s)) and not isinstance(handler, signal.Handlers)}
+    for s in ours: signal.signal(s, lambda number, frame: held.append(number))
+    try: yield
+    finally:
+        for s, handler in ours.items(): signal.signal(s, handler)
+        if held: signal.raise_signal(held[0])
+
+
+def _patient(function):
+    "A numba function whose compilation is not interrupted."
+    inner = getattr(function, "_compile_for_args", None)                   # what numba calls when it meets new types
+    if inner is None: return function
+    def compile_for_args(*args, **kwargs):
+        with _interrupts_wait(): return inner(*args, **kwargs)
+    function._compile_for_args = compile_for_args
+    return function
+
+# %% ../nbs/00_core.ipynb #dae4d034
 def compiled(
     **options,  # of `numba.njit`, without `cache`
 ) -> Callable:  # decorates a function
-    "`numba.njit` whose machine code is kept for the next process, where there is a folder for it."
+    "`numba.njit` whose machine code is kept for the next process, where there is a folder for it, and whose compilation is not interrupted."
     from numba import njit
 
     def decorate(function):
-        try: return njit(cache=True, **options)(function)
+        try: return _patient(njit(cache=True, **options)(function))
         except RuntimeError as error:
             if "no locator" not in str(error): raise                   # numba's word for: no folder
-            return njit(**options)(function)
+            return _patient(njit(**options)(function))
     return decorate
 
 # %% ../nbs/00_core.ipynb #3855ea25

@@ -1,5 +1,8 @@
 "The few small things that every chapter uses: checks with one clear error, weights by name, whole files, compiled loops."
 import os
+import signal
+import threading
+import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -160,3 +163,20 @@ def test_a_bias_beside_what_is_no_matrix(weight):
 
 def test_checksum_passes_over_what_is_no_tensor():
     assert checksum([torch.ones(2), {"extra": 1}, None]) == checksum([torch.ones(2)])
+
+
+def test_an_interrupt_waits_for_the_compiler():
+    "It is neither lost nor a crash, and what was compiled can be used."
+    @compiled()
+    def slow_to_compile(x):
+        for i in range(3):
+            x = np.sqrt(np.abs(np.sort(x)) + i) + np.cumsum(x)[::-1] * np.sign(x)
+        return x.sum()
+
+    before, timer = signal.getsignal(signal.SIGINT), threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        slow_to_compile(np.arange(5.))
+        time.sleep(5)
+    assert slow_to_compile.signatures, "the compiler was not cut off"
+    assert signal.getsignal(signal.SIGINT) is before and slow_to_compile(np.zeros(3)) > 0
