@@ -52,7 +52,7 @@ def _interrupts_wait() -> Iterator[None]:
     "Hold back signals that Python code handles, and raise the first again at the end."
     held, ours = [], {}
     if threading.current_thread() is threading.main_thread():              # no other thread may set handlers, or gets the signals
-        ours = {s: handler for s in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(s)) and not isinstance(handler, signal.Handlers)}
+        ours = {s: handler for s in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(s))}
     for s in ours: signal.signal(s, lambda number, frame: held.append(number))
     try: yield
     finally:

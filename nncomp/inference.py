@@ -10,6 +10,7 @@ import copy
 import functools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ class SparseLinear(_Rows):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x:Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, x.shape[-1])
         parts = [self.weight.mv(rows[0])[None]] if len(rows) == 1 else [(self.weight @ part.T).T for part in rows.split(64)]
         y = torch.cat(parts) if len(parts) > 1 else parts[0]
         return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
@@ -79,7 +80,8 @@ class SparseConv2d(_Rows):
         for axis, size, step, gap in zip((2, 3), self.kernel_size, self.stride, self.dilation): x = x.unfold(axis, gap * (size - 1) + 1, step)
         return x[..., ::self.dilation[0], ::self.dilation[1]].permute(0, 4, 5, 1, 2, 3)
 
-    def forward(self, x:Tensor) -> Tensor:  # (n, in_channels, h, w) -> (n, out_channels, oh, ow)
+    def forward(self, x:Tensor) -> Tensor:  # (n, in_channels, h, w) -> (n, out_channels, oh, ow); one image may come without n
+        if x.ndim == 3: return self(x[None])[0]
         patches = self._patches(x)
         shape = patches.shape
         few = max(1, 2**17 // max(1, shape[:3].numel() * shape[4:].numel()))   # images whose patches take at most half a megabyte
@@ -133,18 +135,22 @@ class Choice:
 @functools.cache
 def _multiplies(dtype:torch.dtype, device:str) -> bool:
     "Whether PyTorch can multiply by sparse rows of this type here; not every build and type can."
-    eye = torch.eye(2, dtype=dtype, device=device)
-    try: return torch.equal(to_csr(eye) @ eye, eye) and torch.equal(to_csr(eye).mv(eye[0]), eye[0])
+    try:
+        eye = torch.eye(2, dtype=dtype, device=device)
+        return torch.equal(to_csr(eye) @ eye, eye) and torch.equal(to_csr(eye).mv(eye[0]), eye[0])
     except RuntimeError: return False
 
 
-def _forms(layer) -> dict[str, nn.Module]:
-    "The forms, other than dense, that a layer can take: name -> module."
-    if type(layer) is nn.Conv2d and layer.groups != 1: return {}
-    forms, w = {}, layer.weight.detach()
-    if _multiplies(w.dtype, w.device.type): forms["sparse"] = (SparseLinear if type(layer) is nn.Linear else SparseConv2d)(layer)
-    if type(layer) is nn.Linear and w.element_size() > 1 and w.unique().numel() <= 256: forms["codebook"] = CodebookLinear(layer)
-    return forms
+def _sparse(layer) -> nn.Module|None:
+    "The sparse form of a layer, or None where it has none here."
+    if getattr(layer, "groups", 1) != 1 or not _multiplies(layer.weight.dtype, layer.weight.device.type): return None
+    return (SparseLinear if type(layer) is nn.Linear else SparseConv2d)(layer)
+
+
+def _coded(layer) -> nn.Module|None:
+    "The codebook form of a layer, or None where it has none or cannot gain."
+    w = layer.weight.detach()
+    return CodebookLinear(layer) if type(layer) is nn.Linear and w.element_size() > 1 and w.unique().numel() <= 256 else None
 
 
 def _swap(model:nn.Module, old:nn.Module, new:nn.Module) -> nn.Module:
@@ -158,8 +164,8 @@ def _swap(model:nn.Module, old:nn.Module, new:nn.Module) -> nn.Module:
 
 def _plan(model) -> list[tuple[str, nn.Module]]:
     "Names and modules of the layers that something could stand in for; none whose weight another module uses too."
-    owners = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
-    return [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d) and owners.count(id(m.weight)) == 1]
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    return [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d) and owners[id(m.weight)] == 1]
 
 # %% ../nbs/80_inference.ipynb #81111df8
 def lightest(
@@ -168,8 +174,8 @@ def lightest(
     "Give each layer the form that takes the fewest bytes in memory (@eq-inference-memory)."
     model, choices = copy.deepcopy(unwrap(model)).eval(), []
     for name, layer in _plan(model):
-        forms = {"dense": layer} | _forms(layer)
-        form = min(forms, key=lambda f: resident_bytes(forms[f]))
+        forms = {"dense": layer, "sparse": _sparse(layer), "codebook": _coded(layer)}
+        form = min((f for f in forms if forms[f] is not None), key=lambda f: resident_bytes(forms[f]))
         choices.append(Choice(name, form, resident_bytes(layer), resident_bytes(forms[form])))
         model = _swap(model, layer, forms[form])
     return model, choices
@@ -202,7 +208,7 @@ def _seen(model, layers, example) -> dict[nn.Module, Tensor]:
 
 def _same(a:Tensor, b:Tensor) -> bool:
     "Whether two outputs are equal up to the order of summing."
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * b.abs().max()) if b.numel() else a.shape == b.shape
+    return a.shape == b.shape and (not b.numel() or bool((a - b).abs().max() <= 1e-3 * b.abs().max()))
 
 # %% ../nbs/80_inference.ipynb #ee997aa1
 @torch.no_grad()
@@ -217,7 +223,7 @@ def fastest(
     names = {layer: name for name, layer in _plan(dense)}
     faster, choices = copy.deepcopy(dense), []
     for layer, x in _seen(dense, names, example).items():
-        sparse, form = _forms(layer).get("sparse"), "dense"
+        sparse, form = _sparse(layer), "dense"
         usable = sparse is not None and _same(sparse(x), layer(x))
         seconds = median_seconds([layer, sparse] if usable else [layer], x, repeats=repeats)
         if usable and seconds[1] * 1.1 < seconds[0]: form = "sparse"

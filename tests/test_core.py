@@ -2,7 +2,6 @@
 import os
 import signal
 import threading
-import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -11,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core import event
 from torch import nn
 
 from nncomp.core import (
+    _interrupts_wait,
     atomic_path,
     check_fraction,
     check_int,
@@ -165,18 +166,33 @@ def test_checksum_passes_over_what_is_no_tensor():
     assert checksum([torch.ones(2), {"extra": 1}, None]) == checksum([torch.ones(2)])
 
 
-def test_an_interrupt_waits_for_the_compiler():
-    "It is neither lost nor a crash, and what was compiled can be used."
-    @compiled()
-    def slow_to_compile(x):
-        for i in range(3):
-            x = np.sqrt(np.abs(np.sort(x)) + i) + np.cumsum(x)[::-1] * np.sign(x)
-        return x.sum()
+class Impatient(event.Listener):
+    "Interrupts as soon as something is compiled."
+    def on_start(self, event): signal.raise_signal(signal.SIGINT)
+    def on_end(self, event): pass
 
-    before, timer = signal.getsignal(signal.SIGINT), threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        slow_to_compile(np.arange(5.))
-        time.sleep(5)
-    assert slow_to_compile.signatures, "the compiler was not cut off"
-    assert signal.getsignal(signal.SIGINT) is before and slow_to_compile(np.zeros(3)) > 0
+
+def test_an_interrupt_waits_for_the_compiler(tmp_path, monkeypatch):
+    "It is not lost, and what was compiled can be used."
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))  # an empty one, or nothing would be compiled the second time
+
+    @compiled()
+    def twice(x):
+        return 2 * x
+
+    before = signal.getsignal(signal.SIGINT)
+    with event.install_listener("numba:compile", Impatient()), pytest.raises(KeyboardInterrupt):
+        twice(21)
+    assert len(twice.signatures) == 1, "the compiler was cut off"
+    assert signal.getsignal(signal.SIGINT) is before and twice(21) == 42
+
+
+def test_interrupts_are_held_back_in_the_main_thread_alone():
+    done = []
+    with pytest.raises(KeyboardInterrupt), _interrupts_wait():
+        signal.raise_signal(signal.SIGINT)
+        done.append("to the end")
+    thread = threading.Thread(target=lambda: _interrupts_wait().__enter__() or done.append("no handler set"))
+    thread.start()
+    thread.join()
+    assert done == ["to the end", "no handler set"]
