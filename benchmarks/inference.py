@@ -3,12 +3,13 @@
     python benchmarks/inference.py [--repeats R] [--record]
 
 Dense and compressed take turns (one call to warm up, then a millisecond of calls), and of each the median counts; ratios are dense
-time over the other's, so that more than one is faster. Weights and inputs are random, non-zeros are scattered at random. A dense
-convolution runs in both memory layouts, and the faster one is the baseline. Four parts: linear layers by density and number of inputs,
-with the codebook form once for each layer; convolutions of VGG-13; the shipped files as they are loaded, as `fastest` makes them
-(`lightest` gives the bytes), and with their dead units removed; and what `F.linear` does with a sparse weight.
+time over the other's, so that more than one is faster. Weights and inputs are random, non-zeros are scattered at random. Dense
+convolutions, and dense networks with convolutions, run in both memory layouts, and the faster one counts. Four parts: linear layers by
+density and number of inputs, with the codebook form once for each layer; convolutions of VGG-13; the shipped files dense, as `fastest`
+makes them (`lightest` gives the bytes), and with their dead units removed; and what `F.linear` does with a sparse weight.
 """
 import argparse
+import copy
 import os
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -78,8 +79,13 @@ def convolution(inputs, outputs, size, density, repeats, generator):
     return row
 
 
+def layouts(model):
+    "A model in both memory layouts: as it is, and with the channel as the fastest axis."
+    return model, copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+
 def network(file, name, repeats, generator):
-    "One row: a shipped file as loaded, as `fastest` makes it, without its dead units, and in memory; None where the file is missing."
+    "One row: a shipped file dense, as `fastest` makes it, without its dead units, and in memory; None where the file is missing."
     path = records.ROOT / "models" / f"{file}.nncomp"
     if not path.is_file():
         print(f"{file} left out: no such file")
@@ -89,7 +95,8 @@ def network(file, name, repeats, generator):
     for images in (1, 64):
         x = torch.randn(images, *model_input_shape(name), generator=generator)
         quick, choices = fastest(model, x)
-        dense, chosen, fewer = median_seconds([model, quick, smaller], x, repeats=repeats)
+        chosen, *others = median_seconds([quick, *layouts(model), *layouts(smaller)], x, repeats=repeats)
+        dense, fewer = min(others[:2]), min(others[2:])
         row |= {f"dense_ms_{images}": 1e3 * dense, f"fastest_{images}": dense / chosen, f"smaller_{images}": dense / fewer,
                 f"chosen_{images}": sum(c.form == "sparse" for c in choices)}
     return row | {"layers": len(choices), "dense_bytes": resident_bytes(model), "light_bytes": resident_bytes(lightest(model)[0])}

@@ -588,7 +588,7 @@ def run_compressed_vgg13(
 # %% ../nbs/60_distillation.ipynb #c76b50b9
 @experiment("compressed-vgg13")
 def compressed_vgg13(config:CompressedVGG13, seed:int, folder:Path) -> dict:
-    "VGG-13 on CIFAR-10 by deep compression. `nncomp reproduce compressed-vgg13 --seeds 3`; about two hours a seed on two CPU cores, or 40 minutes where the teacher of `distilled-minivgg` is there."
+    "VGG-13 on CIFAR-10 by deep compression. `nncomp reproduce compressed-vgg13 --seeds 3`; about two hours a seed on two CPU cores, or 35 minutes where the teacher of `distilled-minivgg` is there."
     return run_compressed_vgg13(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/60_distillation.ipynb #84ff157b

@@ -167,7 +167,7 @@ def dense_errors(
     dots:Iterable[Dot],   # of any networks
     root:str|Path|None=None,   # as for `results_root`
 ) -> list[float]:         # percent, one a seed
-    "Test errors of the dense networks that the files of a network began as, from the experiment with the most seeds and of these the lowest mean."
+    "Test errors of the dense networks of the experiment with the most seeds, and of these the lowest mean."
     names = dict.fromkeys(d.experiment for d in of_net(net, dots))
     return max(([r.metrics["dense_error_percent"] for r in load_records(name, root) if "dense_error_percent" in r.metrics] for name in names), key=lambda errors: (len(errors), -mean(errors or [0])), default=[])
 

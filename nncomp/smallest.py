@@ -204,7 +204,7 @@ class SmallestLeNet5(Smallest):
 
 @experiment("smallest-lenet-5", artefact=1)    # of five, the one with the fewest errors on validation images
 def smallest_lenet_5(config:SmallestLeNet5, seed:int, folder:Path) -> dict:
-    "Caffe's LeNet-5 in as few bytes as this book can. `nncomp reproduce smallest-lenet-5`; about twenty minutes a seed on one CPU core, and five for the teacher."
+    "Caffe's LeNet-5 in as few bytes as this book can. `nncomp reproduce smallest-lenet-5`; twenty to sixty minutes a seed on one CPU core."
     return run_smallest(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/75_smallest.ipynb #8db15d29

@@ -206,3 +206,42 @@ def test_a_whole_vgg(sparse_wins):
     assert sum(isinstance(m, SparseConv2d) for m in quick.modules()) == 5 == sum(c.form == "sparse" for c in choices) - 1
     x = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(quick(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("seconds, last", [([2., 1.], True), ([1., 2.], False)])
+def test_a_dense_model_gets_its_faster_layout(monkeypatch, seconds, last):
+    monkeypatch.setattr(inference, "median_seconds", lambda calls, x, repeats=11: seconds[:len(calls)])
+    monkeypatch.setattr(inference, "_sparse", lambda layer: None)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4))
+    x = torch.randn(2, 3, 8, 8)
+    quick, choices = fastest(net, x)
+    assert quick[0].weight.is_contiguous(memory_format=torch.channels_last) is last and net[0].weight.is_contiguous()
+    assert [c.form for c in choices] == ["dense", "dense"]
+    torch.testing.assert_close(quick(x), net(x))
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_model_that_views_its_maps_runs_in_every_form(sparse_wins, monkeypatch, sparse):
+    if not sparse:
+        monkeypatch.setattr(inference, "_sparse", lambda layer: None)
+
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), thin(nn.Linear(288, 4), 0.1)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).view(len(x), -1))
+
+    net, x = Views(), torch.randn(2, 3, 8, 8)
+    quick, choices = fastest(net, x)
+    torch.testing.assert_close(quick(x), net(x), rtol=1e-4, atol=1e-5)
+    assert {c.form for c in choices} == {"sparse" if sparse else "dense"} and (sparse or quick.conv.weight.is_contiguous())
+
+
+def test_sparse_forms_of_a_layer_in_the_other_layout():
+    torch.manual_seed(0)
+    conv = thin(nn.Conv2d(5, 7, 3), 0.2)
+    x, last = torch.randn(3, 5, 9, 9), copy.deepcopy(conv).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(SparseConv2d(last)(x), conv(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(SparseConv2d(last)(x.contiguous(memory_format=torch.channels_last)), conv(x), rtol=1e-4, atol=1e-5)
