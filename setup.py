@@ -1,4 +1,5 @@
 "Packaging: everything is read from settings.ini, which nbdev reads too."
+import re
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -28,12 +29,19 @@ class BuildWithRecords(build_py):
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
 
 
+def readme():
+    "The README for a package index, which does not have the pictures beside it."
+    text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    base = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}"
+    return re.sub(r'<img src="(?!https?:)([^"]+)"', rf'<img src="{base}/\1?sanitize=true"', text)
+
+
 book = lines("book_requirements")
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],

@@ -154,13 +154,13 @@ def shape_tensor(
     name:str,               # for messages
     tensor:Tensor,          # any dtype and shape
     *,
-    sparsity:float|None=None,  # fraction of entries to zero, in [0, 1]; None = keep all
+    sparsity:float|None=None,  # fraction of entries to zero, in [0, 1]; below 1, one of them stays at least; None = keep all
     bits:int|None=None,        # at most 2**bits distinct values, zero among them; 1…16; None = keep all
 ) -> Tensor:                # same dtype and shape
     "Prune and share one weight tensor; vectors (also with dimensions of one around them), integers, 8-bit floats and what was not asked for stay as they are."
     if tensor.ndim < 2 or _vector(tensor) or tensor.dtype not in _SHAPED or tensor.numel() == 0 or (sparsity is None and bits is None): return tensor
     check_finite(tensor, name)
-    if sparsity is not None: tensor = tensor.masked_fill(~magnitude_mask(tensor, sparsity), 0)   # a product would leave −0
+    if sparsity is not None: tensor = tensor.masked_fill(~magnitude_mask(tensor, sparsity if sparsity == 1 else min(sparsity, 1 - 1 / tensor.numel())), 0)   # no layer is lost to rounding; a product would leave −0
     if bits is not None:
         codebook, assignments = kmeans_1d(tensor, 2**bits, keep_zero=True)
         tensor = codebook[assignments]
@@ -171,10 +171,12 @@ def check_output(
     output:str|Path,            # the file to write
     sources:list[Path]=(),      # the files that are read
     *,
+    foreign:tuple[str, ...]=(), # endings that would promise another format
     force:bool=False,           # may an existing file be replaced?
 ) -> Path:                      # where to write: the target, if `output` is a link
     "The output path, or a `ValueError`: its folder is missing, it is an input, no ordinary file, or exists already."
     if str(output).endswith(("/", os.sep)): raise ValueError(f"{output} is a folder; name a file in it")
+    if str(output).lower().endswith(foreign): raise ValueError(f"{output} would promise another format than the one that is written; name a file that does not end in {', '.join(foreign)}")
     output, named = check_writable(output), output
     if any(source.exists() and output.exists() and output.samefile(source) for source in sources):
         raise ValueError(f"the output {output} is the input, or part of it; choose another name")
@@ -198,7 +200,7 @@ def compress_file(
     if bits is not None: check_int(bits, 1, 16, "bits")
     start, source, tensors = time.perf_counter(), Path(source), None
     if not source.is_file(): raise ValueError(f"{source} is not a file")
-    output = check_output(output, source_files(source), force=force)
+    output = check_output(output, source_files(source), foreign=(".safetensors", ".pt", ".pth", ".bin"), force=force)
     tensors = read_tensors(source)
     totals = dict(tensors=0, entries=0, source_bytes=sum(f.stat().st_size for f in source_files(source)), dense_bytes=0)
 
@@ -287,7 +289,7 @@ def expand_file(
     "Write the tensors of a `.nncomp` file as safetensors, one by one; in shards `NAME-00001-of-0000N.safetensors` with an index if they do not fit one."
     if not Path(source).is_file(): raise ValueError(f"{source} is not a file")
     if shard_size is not None: check_int(shard_size, 1, name="shard_size")
-    check_output(output, [source := Path(source)], force=force or shard_size is not None)
+    check_output(output, [source := Path(source)], foreign=(".nncomp", ".pt", ".pth", ".bin"), force=force or shard_size is not None)
     ledger, output = inspect(source), Path(output)
     entries, metadata = _entries(ledger), _restored(ledger.metadata)
     files = _dealt(entries, output, shard_size)

@@ -235,10 +235,11 @@ def count_nonzero(
 def check_writable(
     path:str|os.PathLike,  # a file to be written, or a link to one
 ) -> Path:                 # the file itself, absolute
-    "ValueError where a file cannot appear: its folder is missing, or a folder or a device has that name."
+    "ValueError where a file cannot appear: its folder is missing or cannot be written to, or a folder or a device has that name."
     path = Path(path).resolve()
     if not path.parent.is_dir(): raise ValueError(f"the folder {path.parent} does not exist; create it first")
     if path.is_dir(): raise ValueError(f"{path} is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK): raise ValueError(f"the folder {path.parent} cannot be written to; choose another one")
     if path.exists() and not path.is_file(): raise ValueError(f"{path} is not an ordinary file; choose another name")
     return path
 

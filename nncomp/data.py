@@ -251,13 +251,20 @@ def _read_torchvision(name, root, download):
     return _Raw((images[0], labels[0]), (images[1], labels[1]), tuple(parts[0].classes), known.mean, known.std)
 
 # %% ../nbs/01_data.ipynb #075728a2
+def _eight_bits(picture):
+    "A picture that Pillow's `convert` takes rightly: of 16 bits of grey the high byte; ValueError for 32 bits, whose range is not known."
+    if picture.mode in ("I", "F"): raise ValueError(f"{picture.filename} has 32 bits a pixel, and nothing says which value is white; save it with 8 or 16")
+    if not picture.mode.startswith("I;16"): return picture
+    return require("PIL.Image").fromarray((np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8))
+
+
 def _read_images(paths, size, mode):
     "Image files as one (n, c, size, size) uint8 tensor; `mode` is Pillow's, \"L\" or \"RGB\"."
     image = require("PIL.Image")
     arrays = []
     for path in paths:
         try:
-            with image.open(path) as picture: resized = picture.convert(mode).resize((size, size), image.Resampling.BILINEAR)
+            with image.open(path) as picture: resized = _eight_bits(picture).convert(mode).resize((size, size), image.Resampling.BILINEAR)
         except OSError as error: raise ValueError(f"{path} cannot be read as an image ({error})") from None
         arrays.append(np.asarray(resized))
     return torch.from_numpy(np.stack(arrays)).view(len(arrays), size, size, -1).permute(0, 3, 1, 2)
@@ -265,7 +272,7 @@ def _read_images(paths, size, mode):
 
 def _is_grey(path):
     "Whether an image file holds no colour (read from its header)."
-    with contextlib.suppress(OSError), require("PIL.Image").open(path) as picture: return picture.mode in ("1", "L", "LA", "I;16")
+    with contextlib.suppress(OSError), require("PIL.Image").open(path) as picture: return picture.mode in ("1", "L", "LA") or picture.mode.startswith("I;16")
     return False
 
 

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import itertools
 import math
+import re
 import tempfile
 import time
 import warnings
@@ -27,8 +28,8 @@ from torch import Tensor, nn
 
 from torch.nn.utils import parametrize
 
-from .container import Ledger, bit_patterns, inspect, load, save
-from .core import as_bytes, atomic_path, check_fraction, check_int, check_writable, default_device, named_weights, seed_everything, unwrap
+from .container import TRUSTED, Ledger, bit_patterns, inspect, load, save
+from .core import as_bytes, atomic_path, check_finite, check_fraction, check_int, check_plain, check_writable, default_device, named_weights, seed_everything, unwrap
 from .data import Data, load_data
 from .entropy import entropy_bits
 from .measure import compression_ratio, dense_bytes, sparsity
@@ -83,6 +84,9 @@ class Recipe:
         if self.sparsity + self.floor > 1 + 1e-9: raise ValueError(f"sparsity {self.sparsity} leaves less than the floor of {self.floor}")
         for name, low in dict(bits=1, batch_size=1, prune_epochs=0, share_epochs=0).items():
             check_int(getattr(self, name), low, 16 if name == "bits" else None, name)
+        for name in ("prune_lr", "share_lr", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0: raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
@@ -177,8 +181,10 @@ def run_tag(
     seed:int,           # of the run
     augment:Callable|None=None,  # what changes each batch, see `fit`
 ) -> str:               # ten hexadecimal digits
-    "A name for one run: it changes with weights, images, recipe, seed and augmentation, so that no run resumes another's."
-    digest = hashlib.sha256(repr((type(model).__qualname__, recipe, seed, *([callable_name(augment)] if augment else []))).encode())
+    "A name for one run: it changes with the model's layers, weights and what of them is frozen, with images, recipe, seed and augmentation, so that no run resumes another's."
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    about = type(model).__qualname__, re.sub(r" at 0x[0-9a-f]+", "", repr(model)), frozen
+    digest = hashlib.sha256(repr((about, recipe, seed, *([callable_name(augment)] if augment else []))).encode())
     for tensor in () if data is None else (data.train.x, data.train.y, data.valid.x, data.valid.y): digest.update(as_bytes(tensor).numpy())
     for name, tensor in model.state_dict().items(): digest.update(name.encode() + as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()[:10]
@@ -203,7 +209,7 @@ def _resumable(
 ) -> None:
     "Load the state that an earlier run left after the stage, or do the work and keep its state."
     if kept is not None and kept.exists():
-        load(kept, into=model)
+        load(kept, into=model, max_expansion=TRUSTED)
         return
     work()
     if kept is not None: save(model, kept, coder="raw")
@@ -239,10 +245,19 @@ def deep_compress(
     return Report(model.cpu().eval(), tuple(stages), Path(path), dense_bytes(model), Path(path).stat().st_size, inspect(path))
 
 # %% ../nbs/40_deep_compression.ipynb #fc6e01d9
+def _check_task(model, data) -> None:
+    "Complain of what no chain can work with: data of another kind, tensors that others are computed from, numbers that are none."
+    if data is not None and not isinstance(data, Data): raise ValueError(f"data must be a `Data`, as from `load_data`, got a {type(data).__name__}; of arrays, make one of three `Split`s")
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not p.is_meta: check_finite(p, name)
+    if not any(parametrize.is_parametrized(m) for m in model.modules()): check_plain(model, [name for name, _ in model.named_parameters()])
+
+
 def _check(model, data, recipe, path) -> None:
     "Complain before any work: the recipe, the output, and what of the model cannot be compressed. Warn without data."
     if not isinstance(recipe, Recipe): raise ValueError(f"recipe must be a Recipe or one of {', '.join(RECIPES)}, got {type(recipe).__name__}")
     check_writable(path)
+    _check_task(model, data)
     if any(parametrize.is_parametrized(m) for m in model.modules()): raise ValueError("the model has parametrized tensors; make them plain first")
     if not named_weights(model): raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
     if data is None: warnings.warn("no data was given: nothing is retrained, which costs accuracy", stacklevel=3)
@@ -255,7 +270,7 @@ def _coded(model, path, recipe, before) -> Stage:
     start = time.perf_counter()
     with atomic_path(path) as part:
         save(model, part, coder=recipe.coder)
-        back, state = load(part), model.state_dict()
+        back, state = load(part, max_expansion=TRUSTED), model.state_dict()
         for name, tensor in state.items():
             same = back[name].shape == tensor.shape and back[name].dtype == tensor.dtype
             if not (same and torch.equal(as_bytes(back[name]), as_bytes(tensor))): raise RuntimeError(f"{name} would not come back as it was; nothing was written")

@@ -200,14 +200,18 @@ class Matching(Callback):
         self.regressors = dict(regressors or {})
         self.learnt = nn.ModuleList(self.regressors.values())
 
-    def identity(self) -> str: return str((self.pairs, callable_name(self.loss), self.weight))
+    def identity(self) -> str: return str((self.pairs, callable_name(self.loss), self.weight, {name: repr(m) for name, m in self.regressors.items()}))
 
     def before_fit(self, run:Run) -> None:
+        self.last = dict(self.teacher)                        # what was seen before this run counts as old
         self.learnt.to(run.device)
         if len(self.learnt): run.optimizer.add_param_group({"params": list(self.learnt.parameters())})
 
     def extra_loss(self, run:Run) -> Tensor:
         total = 0.
+        stale = [theirs for theirs in self.pairs.values() if self.teacher.get(theirs) is None or self.teacher[theirs] is self.last.get(theirs)]
+        if stale: raise ValueError(f"the teacher has not run in this step, so there are no features of its layer {stale[0]!r}; give `distill` the teacher itself, not cached logits")
+        self.last = {theirs: self.teacher[theirs] for theirs in self.pairs.values()}
         for mine, theirs in self.pairs.items():
             features = self.regressors.get(mine, nn.Identity())(self.student[mine])
             total = total + self.loss(features, self.teacher[theirs].to(features))

@@ -39,6 +39,11 @@ class _Rows(nn.Module):
         self.register_buffer("weight", to_csr(layer.weight))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
+    def _times(self, x):
+        "The weight times a matrix or a vector; in the weight's own type, since there is no sparse product under autocast."
+        if not torch.is_autocast_enabled(x.device.type): return self.weight @ x
+        with torch.autocast(x.device.type, enabled=False): return self.weight @ x.to(self.weight.dtype)
+
     def __getstate__(self):
         parts = self.weight.crow_indices(), self.weight.col_indices(), self.weight.values(), self.weight.shape
         return self.__dict__ | {"_buffers": self._buffers | {"weight": None}, "parts": parts}
@@ -58,7 +63,7 @@ class SparseLinear(_Rows):
 
     def forward(self, x:Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = x.reshape(-1, x.shape[-1])
-        parts = [self.weight.mv(rows[0])[None]] if len(rows) == 1 else [(self.weight @ part.T).T for part in rows.split(64)]
+        parts = [self._times(rows[0])[None]] if len(rows) == 1 else [self._times(part.T).T for part in rows.split(64)]
         y = torch.cat(parts) if len(parts) > 1 else parts[0]
         return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], self.out_features)
 
@@ -86,7 +91,7 @@ class SparseConv2d(_Rows):
         patches = self._patches(x)
         shape = patches.shape
         few = max(1, 2**17 // max(1, shape[:3].numel() * shape[4:].numel()))   # images whose patches take at most half a megabyte
-        parts = [self.weight @ part.reshape(shape[:3].numel(), -1) for part in patches.split(few, 3)]
+        parts = [self._times(part.reshape(shape[:3].numel(), -1)) for part in patches.split(few, 3)]
         y = torch.cat([part.view(self.out_channels, -1, *shape[4:]).transpose(0, 1) for part in parts])
         return y if self.bias is None else y + self.bias[:, None, None]
 
@@ -106,6 +111,10 @@ class CodebookLinear(nn.Module):
         self.register_buffer("codebook", codebook)
         self.register_buffer("assignments", assignments.to(torch.uint8))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    @property
+    def weight(self) -> Tensor:         # (out_features, in_features), looked up anew each time
+        return self.codebook[self.assignments.int()]
 
     def forward(self, x:Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = max(1, 2**18 // max(1, self.in_features))                       # looked up at once: a megabyte of weights
@@ -164,16 +173,25 @@ def _swap(model:nn.Module, old:nn.Module, new:nn.Module) -> nn.Module:
 
 
 def _plan(model) -> list[tuple[str, nn.Module]]:
-    "Names and modules of the layers that something could stand in for; none whose weight another module uses too."
+    "Names and modules of the layers that something could stand in for; none whose weight another module uses too, none with hooks, and none whose weights the module around it reads itself."
+    read = {id(child) for m in model.modules() if isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) for child in m.children()}
+    hooked = lambda m: any(getattr(m, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre"))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    return [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d) and owners[id(m.weight)] == 1]
+    return [(name, m) for name, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d) and owners[id(m.weight)] == 1 and id(m) not in read and not hooked(m)]
 
 # %% ../nbs/80_inference.ipynb #81111df8
+def _own_copy(model) -> nn.Module:
+    "A copy to change, in evaluation mode."
+    try: return copy.deepcopy(unwrap(model)).eval()
+    except RuntimeError as error: raise ValueError("the model has tensors that are computed from others (as torch.nn.utils.prune, weight_norm and spectral_norm leave them); "
+                                                   f"make them plain first, with prune.remove and its like ({str(error)[:80]}…)") from error
+
+
 def lightest(
     model:nn.Module,  # pruned, shared or both; left as it is
 ) -> tuple[nn.Module, list[Choice]]:  # a copy for running, in evaluation mode; a choice for each linear and convolutional layer
     "Give each layer the form that takes the fewest bytes in memory (@eq-inference-memory)."
-    model, choices = copy.deepcopy(unwrap(model)).eval(), []
+    model, choices = _own_copy(model), []
     for name, layer in _plan(model):
         forms = {"dense": layer, "sparse": _sparse(layer), "codebook": _coded(layer)}
         form = min((f for f in forms if forms[f] is not None), key=lambda f: resident_bytes(forms[f]))
@@ -231,7 +249,7 @@ def fastest(
     repeats:int=11,   # turns of each layer, at least 1
 ) -> tuple[nn.Module, list[Choice]]:  # a copy for running, in evaluation mode; a choice for each linear and convolutional layer that was called
     "Give each layer the faster of its dense and its sparse form, as measured here and now; the dense model, in the faster of two memory layouts, where that gains nothing. ValueError where it cannot run."
-    dense = _quicker_layout(copy.deepcopy(unwrap(model)).eval(), example, repeats)
+    dense = _quicker_layout(_own_copy(model), example, repeats)
     names = {layer: name for name, layer in _plan(dense)}
     faster, choices = copy.deepcopy(dense), []
     for layer, x in _seen(dense, names, example).items():

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .container import inspect, load, save
+from .container import TRUSTED, inspect, load, save
 from .core import atomic_path, check_finite, check_fraction, check_int, check_plain, check_writable, compiled, count_nonzero, default_device, named_weights, remembered, require, seed_everything, unwrap
 from .data import Data, random_affine
-from .deep_compression import Recipe, images_by_channel, prune_stage, run_tag, share_stage
+from .deep_compression import Recipe, _check_task, images_by_channel, prune_stage, run_tag, share_stage
 from .measure import compression_ratio, dense_bytes, sparsity, time_call
 from .models import create_model, create_model_for, load_data_for
 from .results import difference, experiment, load_records, mean_sd
@@ -443,6 +443,9 @@ class SoftRecipe:
     def __post_init__(self):
         for name, low in dict(epochs=0, batch_size=1, tune_epochs=0).items(): check_int(getattr(self, name), low, name=name)
         check_int(self.components, 2, 2**16, "components")
+        for name in ("tau", "lr", "lr_means", "lr_log_vars", "lr_mixing", "tune_lr"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0: raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
     def prior(self,
         model:nn.Module,        # trained
@@ -520,6 +523,10 @@ def soft_compress(
 ) -> SoftReport:
     "Train under the prior, merge, prune and quantize, tune the values, write the file (after Ullrich et al. 2017)."
     check_writable(path)
+    if not isinstance(recipe, SoftRecipe): raise ValueError(f"recipe must be a SoftRecipe, got {type(recipe).__name__}")
+    if data is None: raise ValueError("soft weight sharing trains, so it needs data")
+    _check_task(unwrap(model), data)
+    if recipe.tune_epochs and any(isinstance(m, nn.RNNBase) for m in model.modules()): raise ValueError("a recurrent layer cannot train shared values; use a recipe with tune_epochs=0")
     path, folder, model = Path(path), None if folder is None else Path(folder), unwrap(model)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
     soft, options, tag = copy.deepcopy(model), dict(seed=seed, device=device, progress=progress), run_tag(model, data, recipe, seed, augment)
@@ -531,7 +538,7 @@ def soft_compress(
     tune_values(tuned, data, recipe, checkpoint=kept("tuned"), **options)
     if len(data.valid) and evaluate(tuned, data.valid).loss > evaluate(quantized, data.valid).loss: tuned = copy.deepcopy(quantized)
     with atomic_path(path) as part: save(tuned, part)
-    return SoftReport(soft, quantized, load(path, into=tuned), mixture, tuple(counts.tolist()), path, path.stat().st_size, dense_bytes(tuned))
+    return SoftReport(soft, quantized, load(path, into=tuned, max_expansion=TRUSTED), mixture, tuple(counts.tolist()), path, path.stat().st_size, dense_bytes(tuned))
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #999f2684
 @dataclass(frozen=True)

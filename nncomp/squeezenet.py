@@ -162,16 +162,18 @@ def _fold_fire_(fire):
 def fold_batch_norm(
     model:nn.Module,  # trained; left as it is
 ) -> nn.Module:       # a copy in evaluation mode without batch normalisation
-    "Fold every batch normalisation into the convolution before it (@eq-squeezenet-fold); ValueError where there is none."
+    "Fold every batch normalisation into the convolution before it (@eq-squeezenet-fold); ValueError where there is none, or where one of the two is used twice."
     model = copy.deepcopy(model).eval()
     blind = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
     if blind: raise ValueError(f"{blind[0]} keeps no running statistics (track_running_stats=False), so it cannot be folded")
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for module in list(model.modules()):
         if isinstance(module, Fire): _fold_fire_(module)
-        if not isinstance(module, nn.Sequential): continue
+        if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward: continue
         named = list(module.named_children())
         for (_, conv), (name, norm) in zip(named, named[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                if any(uses[id(p)] > 1 for m in (conv, norm) for p in m.parameters()): raise ValueError(f"{name} or the convolution before it is used in several places, so it cannot be folded")
                 _fold_(conv, norm)
                 delattr(module, name)
     left = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -11,10 +11,12 @@ import functools
 import inspect
 import math
 import os
+import re
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .core import atomic_path, check_int, checksum, default_device, evaluating, named_weights, require
+from .core import atomic_path, check_int, checksum, default_device, evaluating, named_weights, require, unwrap
 from .data import Batches, Data, Split
 
 # %% ../nbs/03_training.ipynb #63a24fca
@@ -91,9 +93,9 @@ def _device_of(model):
 
 
 def _logits(model, xb):
-    "The model's output for images in its own floating type; ValueError where it is not (n, classes)."
+    "The model's output for images in its own floating type, and for other integers as they are; ValueError where it is not (n, classes)."
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), xb.dtype)
-    out = model(xb.to(dtype))
+    out = model(xb.to(dtype) if xb.is_floating_point() or xb.dtype == torch.uint8 else xb)
     if not isinstance(out, Tensor) or out.ndim != 2:
         what = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ValueError(f"the model must return logits of shape (n, classes), got {what}; wrap it in a module that does")
@@ -317,7 +319,10 @@ def _train_epoch(run, plan, bar):
     _seed_epoch(plan, run.epoch)
     plan.batches.set_epoch(run.epoch)
     for index, xb, yb in plan.batches.indexed():
-        _step(run, plan, tally, index, xb, yb)
+        try: _step(run, plan, tally, index, xb, yb)
+        except ValueError:
+            if tally.losses: tally.sums(run)                  # a callback may stumble over what a diverging run has left: say that first
+            raise
         bar.update()
         if time.monotonic() - tally.read > 0.5:
             loss, hits, n = tally.sums(run)
@@ -329,14 +334,38 @@ def _train_epoch(run, plan, bar):
     return sums[0] / sums[2], sums[1] / sums[2]
 
 # %% ../nbs/03_training.ipynb #b3c1f0a2
+def _told(value, depth:int=3) -> str:
+    "What tells a setting from another: numbers and text as they are, tensors and modules by checksum, functions by `callable_name`; of other objects the type."
+    if isinstance(value, Tensor | np.ndarray): return f"tensor {tuple(value.shape)} {checksum([torch.as_tensor(value)])}"
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device): return repr(value)
+    if depth and isinstance(value, list | tuple | set | frozenset): return f"{type(value).__name__}({', '.join(_told(v, depth - 1) for v in value)})"
+    if depth and isinstance(value, Mapping): return f"{{{', '.join(f'{_told(k, 0)}: {_told(v, depth - 1)}' for k, v in value.items())}}}"
+    return callable_name(value, depth - 1) if depth and callable(value) else type(value).__qualname__
+
+
+def _bound(f, depth:int) -> list[str]:
+    "The settings that a function or an object carries: defaults, closure, attributes."
+    if inspect.ismethod(f): return [_told(f.__self__, depth)] if callable(f.__self__) else _bound(f.__self__, depth)
+    if inspect.isfunction(f):
+        cells = [cell.cell_contents for cell in f.__closure__ or () if cell != type(cell)()]
+        code = [f"{zlib.crc32(f.__code__.co_code):08x}", _told(f.__code__.co_consts, 1)] if f.__name__ == "<lambda>" else []
+        return [_told(v, depth) for v in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *cells)] + code
+    if isinstance(f, nn.Module): return [repr(f), checksum(f.state_dict().values())]
+    return [f"{k}={_told(v, depth)}" for k, v in sorted(getattr(f, "__dict__", {}).items()) if not isinstance(f, type) and not k.startswith("_")]
+
+
 def callable_name(
     f:Callable|None,  # a function, a class, a `partial`, or an object that is called
+    depth:int=3,      # how far to look into settings that are themselves made of others, at least 0
 ) -> str|None:        # None for None
-    "A name by which a checkpoint knows a function again: with the arguments bound by `partial`, and with what `identity()` says, if there is such a method."
-    if isinstance(f, functools.partial): return f"{callable_name(f.func)}{f.args}{sorted(f.keywords.items())}"
+    "A name by which a checkpoint knows a function again: with the arguments bound by `partial`, what a closure or an object carries, or what `identity()` says, if there is such a method."
     if f is None: return None
-    settings = f.identity() if inspect.ismethod(getattr(f, "identity", None)) else ""
-    return f"{getattr(f, '__qualname__', type(f).__qualname__)} {settings}".strip()
+    if isinstance(f, functools.partial): return f"{callable_name(f.func, depth)}({', '.join([*(_told(a, depth) for a in f.args), *(f'{k}={_told(v, depth)}' for k, v in sorted(f.keywords.items()))])})"
+    if inspect.ismethod(getattr(f, "identity", None)): settings = f.identity()
+    else: settings = "; ".join(_bound(f, depth)) if depth else ""
+    if len(settings) > 300: settings = f"{settings[:200]}… {zlib.crc32(settings.encode()):08x}"
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{getattr(f, '__qualname__', type(f).__qualname__)} {settings}".strip())
+
 
 # %% ../nbs/03_training.ipynb #632fb8c4
 _FORMAT = "nncomp training checkpoint 1"
@@ -345,6 +374,8 @@ _FORMAT = "nncomp training checkpoint 1"
 def _identity(model, data, settings, callbacks, loss, augment):
     "Everything that must be equal for a run to be continued."
     shapes = {f"tensor {key}": f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
+    shapes |= {f"module {name or 'itself'}": re.sub(r" at 0x[0-9a-f]+", "", repr(m)) for name, m in unwrap(model).named_modules() if not any(m.children())}
+    shapes |= {"frozen": ", ".join(name for name, p in unwrap(model).named_parameters() if not p.requires_grad)}
     images = f"{data.name}, {len(data.train)} images of {tuple(data.train.x.shape[1:])}, checksum {checksum([data.train.x, data.train.y])}"
     return asdict(settings) | dict(data=images, callbacks=[f"{callable_name(type(c))} {c.identity()}".strip() for c in callbacks], loss=callable_name(loss), augment=callable_name(augment)) | shapes
 
@@ -392,7 +423,9 @@ def _write_checkpoint(path, run, plan, claim):
     if plan.world.is_main_process:
         saved = dict(format=_FORMAT, **claim, epoch=run.epoch, step=run.step, history=run.history, model=run.model.state_dict(),
                      optimizer=run.optimizer.state_dict(), scaler=plan.scaler.state_dict(), callbacks=[c.state_dict() for c in plan.callbacks])
-        with atomic_path(path) as part: torch.save(saved, part)
+        try:
+            with atomic_path(path) as part: torch.save(saved, part)
+        except RuntimeError as error: raise OSError(f"the checkpoint {path} could not be written ({str(error)[:200]}); is the disk full?") from error
     plan.world.wait_for_everyone()
     plan.kept = run.epoch
 
@@ -445,6 +478,7 @@ def _prepare(model, data, settings, callbacks, loss, augment, device):
     data = data.to(device)
     batches = data.batches("train", settings.batch_size, augment=augment, seed=settings.seed)
     if not len(batches): raise ValueError(f"the training split of {data.name!r} is empty")
+    if not any(p.requires_grad for p in model.parameters()): raise ValueError("the model has no parameter that requires a gradient, so there is nothing to train")
     optimizer = _OPTIMIZERS[settings.optimizer]([p for p in model.parameters() if p.requires_grad], settings)
     run = Run(model, optimizer, data, device, len(batches), settings.epochs * len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")

@@ -87,10 +87,14 @@ UNDECODED = """async () => {
   await Promise.all(images.map(i => i.decode().catch(() => {})));
   return images.filter(i => !i.naturalWidth).map(i => i.src);
 }"""
-TOO_WIDE = """() => document.documentElement.scrollWidth > innerWidth
-  ? [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
-    .slice(0, 5).map(e => e.outerHTML.slice(0, 120))
-  : []"""
+# What lies beyond the window, and in no box that scrolls; the page itself clips it, so that its own width says nothing.
+TOO_WIDE = """() => [...document.querySelectorAll("main *")].filter(e => {
+  const box = e.getBoundingClientRect();
+  if (!box.width || !box.height || box.right <= innerWidth + 1 || (e.ownerSVGElement && e.tagName !== "svg")) return false;
+  for (let p = e.parentElement; p; p = p.parentElement)
+    if (/auto|scroll/.test(getComputedStyle(p).overflowX) && p.getBoundingClientRect().right <= innerWidth + 1) return false;
+  return true;
+}).slice(0, 5).map(e => e.outerHTML.slice(0, 120))"""
 
 
 AXE = """async contrast => (await axe.run(document, {rules: {"color-contrast": {enabled: contrast}}})).violations

@@ -1,8 +1,10 @@
 "The website: built once without Quarto, then read as a reader without a network would meet it."
 import ast
+import http.server
 import json
 import re
 import sys
+import threading
 from configparser import ConfigParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 pytest.importorskip("smalldocs", reason="the site's tools come with the extra `dev`")
 import build_site  # noqa: E402
+import check_links  # noqa: E402
 import make_readme  # noqa: E402
 import site_cells  # noqa: E402
 import site_check  # noqa: E402
@@ -249,3 +252,25 @@ def test_readme_shows_code_outputs_and_links_but_no_directives():
     assert pictures == {"index_files/fig-x.svg": b"<svg/>"}
     with pytest.raises(ValueError, match="@eq-y"):
         make_readme.readme(notebook("$$y$$ {#eq-y} by @eq-y"), "")
+
+
+def test_links_that_lead_out_are_listed_and_tried():
+    links = check_links.outward()
+    assert "https://arxiv.org/abs/1510.00149" in links and len(links) > 50 and links == sorted(set(links))
+    assert not any("acme" in link for link in links)
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response({"/here": 200, "/shut": 403}.get(self.path, 404))
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert [check_links.state(f"{address}/{name}") for name in ("here", "shut", "lost")] == ["", "answers 403", "gone"]
+        server.shutdown()

@@ -1,5 +1,6 @@
 "The wheel, installed into a fresh environment without extras or with those of the book, does what it says. Nothing is downloaded."
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -113,6 +114,13 @@ def wheel(tmp_path_factory):
         check=True, capture_output=True,
     )
     return next(folder.glob("*.whl"))
+
+
+def test_the_page_of_the_package_has_its_pictures(wheel):
+    archive = zipfile.ZipFile(wheel)
+    text = archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))).decode()
+    pictures = re.findall(r'<img src="([^"]+)"', text)
+    assert pictures and all(p.startswith("https://raw.githubusercontent.com/") for p in pictures)
 
 
 def environment(folder, wheel, extra=""):

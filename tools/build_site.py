@@ -25,7 +25,7 @@ from site_refs import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("bibliography", "link-citations", "crossref", "execute", "html-math-method", "lightbox")  # done here, not by smalldocs
-FONT = re.compile(r"""@import\s+(?:url\(\s*)?(["']?)https?://[^"')]*\1\)?;?""")
+FONT = re.compile(r"""@import\s*(?:url\(\s*)?(["']?)https?://[^"')]*\1\)?;?""")
 BESIDE = re.compile(  # a formula with what must not begin the next line, or end the one before
     r'(?:(?<=[\s>])[(\[“])?(?P<maths><math display="inline"(?:(?!</math>).)*</math>)(?:[.,;:!?)\]”’%]+|-\w+|th\b)'
     r'|(?<=[\s>])[(\[“](?P<alone><math display="inline"(?:(?!</math>).)*</math>)', re.S)

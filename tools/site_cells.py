@@ -101,7 +101,7 @@ def mark_columns(table):
     heads = [row.find_all(["td", "th"]) for row in table.select("thead tr")[-1:]]
     for i in range(1, min(map(len, rows), default=0) + 1):
         texts = [row[-i].get_text().strip() for row in rows]
-        kind = column_kind(texts)
+        kind = [] if (found := column_kind(texts)) == ["num"] and all(row[-i] is row[0] for row in rows) else found  # what a row is called
         for row in [r for r in rows + heads if len(r) >= i]:
             row[-i]["class"] = [*row[-i].get("class", []), *kind]
             if "long" in kind and row in heads:

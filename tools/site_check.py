@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 UNRESOLVED = re.compile(r"\?@\w|(?<![\w@/.])@(?:fig|tbl|eq|sec)-\w|\[-?@\w|\?\?\?|\{#(?:fig|tbl|eq|sec)-|\\\(|\\\[")
 LOADED = {"script": "src", "img": "src", "source": "src", "iframe": "src", "video": "src", "audio": "src", "link": "href"}
 QUIET = {"code", "pre", "script", "style", "annotation", "textarea"}
-REMOTE = re.compile(r"@import\s+(?:url\()?['\"]?(?:https?:)?//|url\(\s*['\"]?(?:https?:)?//")
+REMOTE = re.compile(r"@import\s*(?:url\()?['\"]?(?:https?:)?//|url\(\s*['\"]?(?:https?:)?//")
 
 
 class Page(HTMLParser):

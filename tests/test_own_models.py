@@ -1,0 +1,284 @@
+"Models, losses, data and files that people bring: what does not fit is one clear error before any work, and nothing is silently wrong."
+import copy
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toys import toy_data, toy_net
+
+from nncomp import cli
+from nncomp.container import load, save
+from nncomp.core import check_writable
+from nncomp.data import Data, Split, load_data
+from nncomp.deep_compression import Recipe, deep_compress, run_tag
+from nncomp.distillation import Ensemble, Matching, cache_logits, distill, watch
+from nncomp.inference import fastest, lightest
+from nncomp.pruning import magnitude_mask
+from nncomp.schedules import Pruner
+from nncomp.soft_weight_sharing import SoftRecipe, soft_compress
+from nncomp.squeezenet import fold_batch_norm
+from nncomp.training import callable_name, evaluate, fit
+
+QUIET = {"progress": False, "device": "cpu"}
+QUICK = Recipe(prune_epochs=1, share_epochs=1, batch_size=32)
+
+
+def thin_(module, sparsity=0.9):
+    for p in module.parameters():
+        if p.ndim > 1:
+            p.data *= magnitude_mask(p.data, sparsity)
+    return module
+
+
+def smoothed(amount):
+    return lambda model, xb, yb: (nn.functional.cross_entropy(logits := model(xb), yb, label_smoothing=amount), logits)
+
+
+class Smoothed:
+    def __init__(self, amount):
+        self.amount = amount
+
+    def __call__(self, model, xb, yb):
+        return smoothed(self.amount)(model, xb, yb)
+
+    def method(self, model, xb, yb):
+        return self(model, xb, yb)
+
+
+def scaled(xb, generator, by=None):
+    return xb if by is None else xb * by[0]
+
+
+@pytest.mark.parametrize("a, b", [
+    (smoothed(0.1), smoothed(0.2)), (Smoothed(0.1), Smoothed(0.2)), (Smoothed(0.1).method, Smoothed(0.2).method),
+    (lambda x, g: x * 2, lambda x, g: x * 3),
+    (functools.partial(scaled, by=torch.ones(2000)), functools.partial(scaled, by=torch.arange(2000.))),
+    (functools.partial(scaled, by=Smoothed(0.1)), functools.partial(scaled, by=Smoothed(0.2))), (nn.Linear(2, 2), nn.Linear(2, 2)),
+], ids=["closure", "object", "method", "lambda", "long tensor", "object in a partial", "module"])
+def test_other_settings_have_another_name(a, b):
+    assert callable_name(a) != callable_name(b) and callable_name(a) == callable_name(a)
+    assert " at 0x" not in callable_name(a)
+    if not isinstance(a, nn.Module):
+        assert callable_name(copy.deepcopy(a)) == callable_name(a), "the same settings in another process are the same run"
+
+
+def test_a_checkpoint_is_refused_where_layers_or_losses_have_other_settings(tmp_path):
+    path, data = tmp_path / "run.pt", toy_data()
+    net = nn.Sequential(toy_net(), nn.Dropout(0.1))
+    fit(net, data, epochs=1, loss=smoothed(0.1), checkpoint=path, **QUIET)
+    with pytest.raises(ValueError, match="belongs to another run: loss is"):
+        fit(nn.Sequential(toy_net(), nn.Dropout(0.1)), data, epochs=1, loss=smoothed(0.2), checkpoint=path, **QUIET)
+    with pytest.raises(ValueError, match=r"module 1 is Dropout\(p=0.1.* there and Dropout\(p=0.5"):
+        fit(nn.Sequential(toy_net(), nn.Dropout(0.5)), data, epochs=1, loss=smoothed(0.1), checkpoint=path, **QUIET)
+    net[0][0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen is .* and 0.0.weight here"):
+        fit(net, data, epochs=1, loss=smoothed(0.1), checkpoint=path, **QUIET)
+
+
+def test_a_chain_is_not_resumed_with_other_layers():
+    net, data = nn.Sequential(toy_net(), nn.Dropout(0.1)), toy_data()
+    tags = {run_tag(net, data, QUICK, 0), *(run_tag(net, data, QUICK, 0, augment) for augment in (lambda x, g: x * 2, lambda x, g: x * 3))}
+    net[1].p = 0.
+    tags.add(run_tag(net, data, QUICK, 0))
+    net[0][0].bias.requires_grad_(False)
+    tags.add(run_tag(net, data, QUICK, 0))
+    assert len(tags) == 5
+
+
+def test_sixteen_bits_of_grey(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    draw = np.random.default_rng(0)
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for i in range(5):
+            image.fromarray(draw.integers(0, 2**16, (8, 8), dtype=np.uint16)).save(tmp_path / label / f"{i}.png")
+    data = load_data(f"folder:{tmp_path}", size=8, valid_fraction=0.)
+    assert data.train.x.shape[1] == 1 and data.train.x.unique().numel() > 100
+    image.fromarray(draw.random((8, 8), dtype=np.float32)).save(tmp_path / "a" / "float.tif")
+    with pytest.raises(ValueError, match="32 bits a pixel"):
+        load_data(f"folder:{tmp_path}", size=8)
+
+
+def test_a_tied_model_is_not_filled_from_an_untied_file(tmp_path):
+    class Words(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.emb, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+            if tied:
+                self.head.weight = self.emb.weight
+
+    save(Words(False), tmp_path / "untied.nncomp")
+    save(Words(True), tmp_path / "tied.nncomp")
+    model = Words(True)
+    before = model.emb.weight.detach().clone()
+    with pytest.raises(ValueError, match="emb.weight and head.weight are one tensor in the model and differ in the file"):
+        load(tmp_path / "untied.nncomp", into=model)
+    assert torch.equal(model.emb.weight, before)
+    load(tmp_path / "tied.nncomp", into=model)
+    assert not torch.equal(model.emb.weight, before) and model.head.weight is model.emb.weight
+    load(tmp_path / "tied.nncomp", into=Words(False))  # what is tied in the file may be apart in the model
+
+
+def test_hooks_and_layers_that_others_read_stay_as_they_are():
+    torch.manual_seed(0)
+    net = thin_(nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 4)))
+    net[0].register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.randn(3, 40)
+    quick, choices = lightest(net)
+    torch.testing.assert_close(quick(x), net(x))
+    assert [c.layer for c in choices] == ["2"]
+    encoder = thin_(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 64, batch_first=True), 1, enable_nested_tensor=False).eval())
+    tokens = torch.randn(2, 5, 16)
+    for call in (lightest, lambda m: fastest(m, tokens, repeats=1)):
+        with torch.no_grad():
+            torch.testing.assert_close(call(encoder)[0](tokens), encoder(tokens), rtol=1e-3, atol=1e-5)
+
+
+def test_light_forms_under_autocast_and_read_from_outside():
+    torch.manual_seed(0)
+    net = thin_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)), 0.97)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert (lightest(net)[0](x) - net(x)).abs().max() < 0.05 * net(x).abs().max()
+    shared = nn.Linear(60, 60)
+    shared.weight.data = (shared.weight.data * 50).round() / 50
+    light, choices = lightest(nn.Sequential(shared))
+    assert choices[0].form == "codebook" and torch.equal(light[0].weight, shared.weight)
+
+
+def test_tensors_that_are_computed_from_others_are_named_before_any_work(tmp_path):
+    net = toy_net()
+    nn.utils.prune.l1_unstructured(net[4], "weight", 0.5)
+    net(torch.randn(2, 1, 4, 4)).sum().backward()
+    with pytest.raises(ValueError, match="4.weight is computed from 4.weight_orig; make it plain first"):
+        deep_compress(net, toy_data(), QUICK, path=tmp_path / "a.nncomp", **QUIET)
+    with pytest.raises(ValueError, match="computed from others"):
+        lightest(net)
+
+
+def test_token_ids_reach_an_embedding_as_they_are():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.fc = nn.Embedding(1000, 4), nn.Linear(4, 3)
+
+        def forward(self, ids):
+            return self.fc(self.emb(ids.flatten(1)).mean(1))
+
+    ids, y = torch.randint(257, 1000, (8, 6)), torch.randint(0, 3, (8,))
+    net = Words().bfloat16()
+    assert evaluate(net, [(ids, y)]).errors == int((net(ids).argmax(1) != y).sum())
+
+
+def test_hints_need_a_teacher_that_runs():
+    data, student, teacher = toy_data(), toy_net(1), toy_net(2).eval()
+    table = cache_logits(teacher, data.train)
+    with watch(student, ["1"]) as mine, watch(teacher, ["1"]) as theirs:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="teacher has not run in this step.*'1'"):
+                distill(student, table, data, epochs=1, batch_size=32, callbacks=[Matching(mine, theirs, {"1": "1"})], **QUIET)
+            cache_logits(teacher, data.train, batch_size=32)  # features of other images are as bad as none
+        distill(student, teacher, data, epochs=1, batch_size=32, callbacks=[Matching(mine, theirs, {"1": "1"})], **QUIET)
+
+
+def test_ensembles_still_answer():
+    a, b = toy_net(1).eval(), toy_net(2).eval()
+    x = torch.randn(4, 1, 4, 4)
+    torch.testing.assert_close(Ensemble([a, b])(x), (a(x) + b(x)) / 2)
+
+
+def test_norms_that_cannot_be_folded():
+    conv = nn.Conv2d(3, 4, 3)
+    with pytest.raises(ValueError, match="used in several places"):
+        fold_batch_norm(nn.Sequential(nn.Sequential(conv, nn.BatchNorm2d(4)), nn.Sequential(conv, nn.BatchNorm2d(4))))
+
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return self.bn(self.conv(x)) + x
+
+    model = Residual()
+    model.add_module("conv", nn.Conv2d(3, 3, 3, padding=1))
+    model.add_module("bn", nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="bn has no convolution directly before it"):
+        fold_batch_norm(model)
+
+
+def test_small_layers_are_not_lost_to_rounding(tmp_path):
+    save({"head.weight": torch.randn(1, 4), "body.weight": torch.randn(16, 16)}, tmp_path / "a.nncomp")
+    assert torch.count_nonzero(cli.shape_tensor("head.weight", torch.randn(2, 2), sparsity=0.9)) == 1
+    assert torch.count_nonzero(cli.shape_tensor("head.weight", torch.randn(2, 2), sparsity=1.)) == 0
+
+
+@pytest.mark.parametrize("name", ["back.pt", "back.bin", "back.nncomp"])
+def test_a_name_that_promises_another_format(tmp_path, name):
+    save({"w": torch.randn(4, 4)}, tmp_path / "a.nncomp")
+    with pytest.raises(ValueError, match="would promise another format"):
+        cli.expand_file(tmp_path / "a.nncomp", tmp_path / name)
+    cli.expand_file(tmp_path / "a.nncomp", tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="would promise another format"):
+        cli.compress_file(tmp_path / "b.safetensors", tmp_path / "c.safetensors")
+
+
+def test_a_file_of_almost_nothing_can_be_read_again(tmp_path):
+    with pytest.warns(UserWarning, match="max_expansion="):
+        save({"w": torch.zeros(3000, 3000)}, tmp_path / "a.nncomp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recipe = Recipe(sparsity=0.9999, floor=0., bits=1)
+        report = deep_compress(nn.Linear(3000, 3000, bias=False), None, recipe, path=tmp_path / "b.nncomp", **QUIET)
+    assert report.file_bytes < 3000
+
+
+@pytest.mark.parametrize("kind, options", [
+    (Recipe, dict(share_lr=-1.)), (Recipe, dict(prune_lr="x")), (Recipe, dict(weight_decay=float("nan"))),
+    (SoftRecipe, dict(tau=-1.)), (SoftRecipe, dict(tune_lr=float("inf")))])
+def test_rates_are_checked_where_they_are_written(kind, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a finite number of at least 0"):
+        kind(**options)
+
+
+def test_what_cannot_be_compressed_is_said_before_training(tmp_path):
+    data, path = toy_data(), tmp_path / "a.nncomp"
+    sick = toy_net()
+    sick[4].bias.data[0] = float("nan")
+    for compress in (functools.partial(deep_compress, recipe=QUICK), functools.partial(soft_compress, recipe=SoftRecipe(epochs=1))):
+        with pytest.raises(ValueError, match="4.bias"):
+            compress(sick, data, path=path, **QUIET)
+        with pytest.raises(ValueError, match="data must be a `Data`"):
+            compress(toy_net(), torch.utils.data.DataLoader([0]), path=path, **QUIET)
+    with pytest.raises(ValueError, match="needs data"):
+        soft_compress(toy_net(), None, path=path, **QUIET)
+    with pytest.raises(ValueError, match="recipe must be a SoftRecipe"):
+        soft_compress(toy_net(), data, QUICK, path=path, **QUIET)
+    with pytest.raises(ValueError, match="recurrent layer"):
+        soft_compress(nn.Sequential(nn.Flatten(), nn.LSTM(16, 3)), data, path=path, **QUIET)
+    frozen = toy_net().requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        fit(frozen, data, epochs=1, **QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        check_writable(tmp_path / "a.nncomp")
+
+
+def test_divergence_is_named_even_where_a_callback_stumbles_over_it():
+    data = Data("toy", *(Split(torch.randn(64, 1, 4, 4), torch.randint(0, 3, (64,))) for _ in range(3)), 3)
+    with pytest.raises(FloatingPointError, match="the loss is"):
+        options = dict(lr=1e38, optimizer="sgd", schedule="constant", batch_size=16)
+        fit(toy_net(), data, epochs=3, callbacks=[Pruner(0.5, every=1)], **options, **QUIET)
+
+
+def test_a_full_disk_names_the_checkpoint(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("inline_container.cc:672 unexpected pos")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="run.pt could not be written"):
+        fit(toy_net(), toy_data(), epochs=1, checkpoint=tmp_path / "run.pt", **QUIET)
+    assert not list(tmp_path.iterdir())
