@@ -176,11 +176,11 @@ def check_output(
 ) -> Path:                      # where to write: the target, if `output` is a link
     "The output path, or a `ValueError`: its folder is missing, it is an input, no ordinary file, or exists already."
     if str(output).endswith(("/", os.sep)): raise ValueError(f"{output} is a folder; name a file in it")
-    if str(output).lower().endswith(foreign): raise ValueError(f"{output} would promise another format than the one that is written; name a file that does not end in {', '.join(foreign)}")
     output, named = check_writable(output), output
     if any(source.exists() and output.exists() and output.samefile(source) for source in sources):
         raise ValueError(f"the output {output} is the input, or part of it; choose another name")
     if os.path.lexists(named) and not force: raise ValueError(f"{named} exists already; add --force to replace it")
+    if str(named).lower().endswith(foreign): raise ValueError(f"{named} would promise another format than the one that is written; name a file that does not end in {', '.join(foreign)}")
     return output
 
 

@@ -198,7 +198,7 @@ class Matching(Callback):
     ):
         self.student, self.teacher, self.pairs, self.loss, self.weight = student, teacher, dict(pairs), loss, weight
         self.regressors = dict(regressors or {})
-        self.learnt = nn.ModuleList(self.regressors.values())
+        self.learnt, self.last = nn.ModuleList(self.regressors.values()), {}
 
     def identity(self) -> str: return str((self.pairs, callable_name(self.loss), self.weight, {name: repr(m) for name, m in self.regressors.items()}))
 
