@@ -769,7 +769,7 @@ def distilled_table(
     for arm, label in _ARMS.items():
         of = lambda key: lambda r: r.metrics["networks"][arm][key]
         line = {"network": label} | ({"report 001, %": report.get(arm, "–")} if report else {})
-        line |= {"accuracy, %": spread(records, right(arm)), "calibration error, %": spread(records, lambda r: 100 * of("ece")(r)),
+        line |= {"accuracy, %": spread(records, right(arm)), "calibration error, %": spread(records, lambda r: 100 * of("ece")(r), 2 if len(records) == 1 else None),
                  "file, B": spread(records, of("bytes")) if "compressed" in arm else "",
                  "the teacher brought, points": difference(records, right(arm), right(arm.replace("distilled", "alone"))) if "distilled" in arm else ""}
         lines.append(line)
