@@ -12,7 +12,6 @@ import copy
 import hashlib
 import itertools
 import math
-import re
 import tempfile
 import time
 import warnings
@@ -37,7 +36,7 @@ from .models import create_model_for, model_input_shape
 from .pruning import apply_masks_
 from .results import experiment
 from .schedules import Pruner, grow_masks
-from .training import callable_name, evaluate, fit
+from .training import _lasting, callable_name, evaluate, fit
 from .weight_sharing import finalize_sharing, share_weights
 
 # %% ../nbs/40_deep_compression.ipynb #1ae88986
@@ -62,6 +61,13 @@ def predict_bytes(
 _CHOICES = {"scope": ("global", "layer"), "init": ("optimal", "linear", "density", "forgy", "k-means++"), "coder": ("best", "huffman", "raw")}
 
 # %% ../nbs/40_deep_compression.ipynb #f6b9fc44
+def _check_rates(recipe, *names) -> None:
+    "ValueError for a field that is no finite number of at least 0."
+    for name in names:
+        value = getattr(recipe, name)
+        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0: raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Recipe:
     "What each stage does, and for how long."
@@ -84,9 +90,7 @@ class Recipe:
         if self.sparsity + self.floor > 1 + 1e-9: raise ValueError(f"sparsity {self.sparsity} leaves less than the floor of {self.floor}")
         for name, low in dict(bits=1, batch_size=1, prune_epochs=0, share_epochs=0).items():
             check_int(getattr(self, name), low, 16 if name == "bits" else None, name)
-        for name in ("prune_lr", "share_lr", "weight_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0: raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        _check_rates(self, "prune_lr", "share_lr", "weight_decay")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
@@ -183,7 +187,7 @@ def run_tag(
 ) -> str:               # ten hexadecimal digits
     "A name for one run: it changes with the model's layers, weights and what of them is frozen, with images, recipe, seed and augmentation, so that no run resumes another's."
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    about = type(model).__qualname__, re.sub(r" at 0x[0-9a-f]+", "", repr(model)), frozen
+    about = type(model).__qualname__, _lasting(model), frozen
     digest = hashlib.sha256(repr((about, recipe, seed, *([callable_name(augment)] if augment else []))).encode())
     for tensor in () if data is None else (data.train.x, data.train.y, data.valid.x, data.valid.y): digest.update(as_bytes(tensor).numpy())
     for name, tensor in model.state_dict().items(): digest.update(name.encode() + as_bytes(tensor).numpy().tobytes())

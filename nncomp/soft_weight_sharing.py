@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .container import TRUSTED, inspect, load, save
 from .core import atomic_path, check_finite, check_fraction, check_int, check_plain, check_writable, compiled, count_nonzero, default_device, named_weights, remembered, require, seed_everything, unwrap
 from .data import Data, random_affine
-from .deep_compression import Recipe, _check_task, images_by_channel, prune_stage, run_tag, share_stage
+from .deep_compression import Recipe, _check_rates, _check_task, images_by_channel, prune_stage, run_tag, share_stage
 from .measure import compression_ratio, dense_bytes, sparsity, time_call
 from .models import create_model, create_model_for, load_data_for
 from .results import difference, experiment, load_records, mean_sd
@@ -443,9 +443,7 @@ class SoftRecipe:
     def __post_init__(self):
         for name, low in dict(epochs=0, batch_size=1, tune_epochs=0).items(): check_int(getattr(self, name), low, name=name)
         check_int(self.components, 2, 2**16, "components")
-        for name in ("tau", "lr", "lr_means", "lr_log_vars", "lr_mixing", "tune_lr"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0: raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        _check_rates(self, "tau", "lr", "lr_means", "lr_log_vars", "lr_mixing", "tune_lr")
 
     def prior(self,
         model:nn.Module,        # trained

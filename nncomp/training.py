@@ -334,11 +334,18 @@ def _train_epoch(run, plan, bar):
     return sums[0] / sums[2], sums[1] / sums[2]
 
 # %% ../nbs/03_training.ipynb #b3c1f0a2
+def _lasting(value) -> str:
+    "`repr`, without the addresses that differ from process to process."
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 def _told(value, depth:int=3) -> str:
     "What tells a setting from another: numbers and text as they are, tensors and modules by checksum, functions by `callable_name`; of other objects the type."
-    if isinstance(value, Tensor | np.ndarray): return f"tensor {tuple(value.shape)} {checksum([torch.as_tensor(value)])}"
+    if isinstance(value, Tensor): return f"tensor {tuple(value.shape)} {checksum([value])}"
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject: return f"array {value.shape} {value.dtype} {zlib.crc32(value.tobytes()):08x}"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device): return repr(value)
-    if depth and isinstance(value, list | tuple | set | frozenset): return f"{type(value).__name__}({', '.join(_told(v, depth - 1) for v in value)})"
+    if depth and isinstance(value, list | tuple): return f"{type(value).__name__}({', '.join(_told(v, depth - 1) for v in value)})"
+    if depth and isinstance(value, set | frozenset): return f"set({', '.join(sorted(_told(v, depth - 1) for v in value))})"      # their order differs between processes
     if depth and isinstance(value, Mapping): return f"{{{', '.join(f'{_told(k, 0)}: {_told(v, depth - 1)}' for k, v in value.items())}}}"
     return callable_name(value, depth - 1) if depth and callable(value) else type(value).__qualname__
 
@@ -350,8 +357,10 @@ def _bound(f, depth:int) -> list[str]:
         cells = [cell.cell_contents for cell in f.__closure__ or () if cell != type(cell)()]
         code = [f"{zlib.crc32(f.__code__.co_code):08x}", _told(f.__code__.co_consts, 1)] if f.__name__ == "<lambda>" else []
         return [_told(v, depth) for v in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *cells)] + code
-    if isinstance(f, nn.Module): return [repr(f), checksum(f.state_dict().values())]
-    return [f"{k}={_told(v, depth)}" for k, v in sorted(getattr(f, "__dict__", {}).items()) if not isinstance(f, type) and not k.startswith("_")]
+    settings = [f"{k}={_told(v, depth)}" for k, v in sorted(getattr(f, "__dict__", {}).items()) if not isinstance(f, type) and not k.startswith("_") and k != "training"]
+    if not isinstance(f, nn.Module): return settings
+    learns = f.training and any(p.requires_grad for p in f.parameters())       # its weights change during a run and do not tell it from another
+    return [_lasting(f), *settings, *([] if learns else [checksum(f.state_dict().values())])]
 
 
 def callable_name(
@@ -364,7 +373,7 @@ def callable_name(
     if inspect.ismethod(getattr(f, "identity", None)): settings = f.identity()
     else: settings = "; ".join(_bound(f, depth)) if depth else ""
     if len(settings) > 300: settings = f"{settings[:200]}… {zlib.crc32(settings.encode()):08x}"
-    return re.sub(r" at 0x[0-9a-f]+", "", f"{getattr(f, '__qualname__', type(f).__qualname__)} {settings}".strip())
+    return f"{getattr(f, '__qualname__', type(f).__qualname__)} {settings}".strip()
 
 
 # %% ../nbs/03_training.ipynb #632fb8c4
@@ -374,7 +383,7 @@ _FORMAT = "nncomp training checkpoint 1"
 def _identity(model, data, settings, callbacks, loss, augment):
     "Everything that must be equal for a run to be continued."
     shapes = {f"tensor {key}": f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
-    shapes |= {f"module {name or 'itself'}": re.sub(r" at 0x[0-9a-f]+", "", repr(m)) for name, m in unwrap(model).named_modules() if not any(m.children())}
+    shapes |= {f"module {name or 'itself'}": _lasting(m) for name, m in unwrap(model).named_modules() if not any(m.children())}
     shapes |= {"frozen": ", ".join(name for name, p in unwrap(model).named_parameters() if not p.requires_grad)}
     images = f"{data.name}, {len(data.train)} images of {tuple(data.train.x.shape[1:])}, checksum {checksum([data.train.x, data.train.y])}"
     return asdict(settings) | dict(data=images, callbacks=[f"{callable_name(type(c))} {c.identity()}".strip() for c in callbacks], loss=callable_name(loss), augment=callable_name(augment)) | shapes
