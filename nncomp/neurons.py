@@ -222,7 +222,7 @@ def mean_outputs(
     model:nn.Module,     # a plain sequence; its modes are put back
     data:Split|Iterable[tuple[Tensor, Tensor]],  # as in `activation_scores`
 ) -> dict[str, Tensor]:  # layer name -> (units, positions): per pixel before a dense layer, averaged over the map before a convolution
-    "Mean of what each unit gives to the next layer: the constant that replaces it best."
+    "Mean of what each unit gives to the next layer: the constant nearest to it in squares."
     return _average(model, data, lambda v, g: v.mean(3))
 
 

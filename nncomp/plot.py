@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mpl', 'plt', 'COLOURS', 'MARKERS', 'DASHES', 'STYLE', 'contrast', 'use_style', 'weight_histogram', 'weight_cdf',
            'joint_plot', 'error_band', 'training_curves', 'weight_images', 'sensitivity_map', 'save_figure',
-           'figure_svg', 'Animation', 'animate', 'Interactive', 'small_multiples']
+           'figure_svg', 'Animation', 'animate', 'still', 'Interactive', 'small_multiples']
 
 # %% ../nbs/05_plot.ipynb #45993e29
 import base64
@@ -392,10 +392,23 @@ def animate(
     if size > limit: raise ValueError(f"the animation takes {size:,} bytes, more than {limit:,}; use fewer frames or colours")
     return result
 
+# %% ../nbs/05_plot.ipynb #7a3c1e52
+def still(
+    fig:"plt.Figure",      # closed at the end
+    alt:str,               # what a reader who cannot see it must know
+    *,
+    colours:int=16,        # palette of the picture, 2…256
+) -> str:                  # HTML, for `Interactive(elsewhere=…)`
+    "A figure as one element with the picture inside: what stands in for a piece that cannot move."
+    picture = _png(fig, check_int(colours, 2, 256, "colours"))
+    plt.close(fig)
+    width = int.from_bytes(picture[16:20], "big") * 96 // 144      # drawn at 144 dpi, shown at 96
+    return f'<img src="data:image/png;base64,{base64.b64encode(picture).decode()}" alt="{html.escape(alt)}" width="{width}" style="max-width:100%"><br>'
+
 # %% ../nbs/05_plot.ipynb #fa15b6b8
 @dataclass(frozen=True)
 class Interactive:
-    "An element of the site that `nbs/js/` brings to life; elsewhere a sentence."
+    "An element of the site that `nbs/js/` brings to life; elsewhere a picture, a sentence, or both."
     kind: str                 # "temperature", "centroids", "huffman", "threshold" or "draw"
     data: dict                # what the script needs: text, numbers, lists
     alt: str                  # for readers who cannot see it
@@ -408,7 +421,7 @@ class Interactive:
         data = json.dumps(self.data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
         scripts = "".join(f'<script src="js/{html.escape(s)}"></script>' for s in self.scripts)
         return (f'<div class="nncomp-interactive" data-widget="{html.escape(self.kind)}" role="group" aria-label="{html.escape(self.alt)}">'
-                f'<script type="application/json">{data}</script><p class="nncomp-elsewhere">{self.elsewhere}</p></div>{scripts}')
+                f'<script type="application/json">{data}</script><div class="nncomp-elsewhere">{self.elsewhere}</div></div>{scripts}')
 
     def _repr_html_(self) -> str: return self.html
 

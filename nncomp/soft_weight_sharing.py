@@ -68,7 +68,8 @@ def _sweep(weights, low, per, cubic, moments, slopes):
 
 
 _CUBIC = torch.tensor([[0, -1/3, 1/2, -1/6], [1, -1/2, -1, 1/2], [0, 1, 1/2, -1/2], [0, -1/6, 0, 1/6]], dtype=torch.float64)  # neighbour -1…2 -> its coefficient of 1, t, t², t³
-_FINE = 16        # points of the table per standard deviation of the narrowest component
+_FINE = 32        # points of the table per standard deviation of the narrowest component
+_STEEP = 3e-5     # fourth differences of the slope times the step, above which a cubic, wrong by a fortieth of them, is too rough
 _PIECE = 1024     # points or weights at a time
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #9b92713d
@@ -118,21 +119,34 @@ def _grid(weights, mixture):
     return low - 2 * step, step, int(min((high - low) / step, 1e12)) + 6
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #4ac68502
+def _steep_cells(slope, step):
+    "The cells of the table whose cubic would miss a change of component: far narrow neighbours hand over within σ²/Δ."
+    rough = (slope.unfold(0, 5, 1) @ slope.new_tensor([1., -4., 6., -4., 1.])).abs() * step > _STEEP
+    return F.pad(rough[:-1] | rough[1:], (2, 3))
+
+
 def _by_table(weights, mixture, low, step, n):
-    "The same from a table of `n` points (@eq-soft-table)."
+    "The same from a table of `n` points (@eq-soft-table); weights in steep cells one by one."
     x = low + step * torch.arange(n, dtype=torch.float64)
     parts = lambda: (_evaluate(piece, mixture) for piece in x.split(_PIECE))
-    kept = list(parts()) if n <= 4 * _PIECE else None          # a small table is evaluated once, a large one twice
+    kept = list(parts()) if n <= 16 * _PIECE else None         # a small table is evaluated once, a large one twice
     top, slope = (torch.cat(part) for part in zip(*(p[::3] for p in kept or parts())))
-    cubic, moments = x.new_zeros(n, 4), x.new_zeros(4, n, 4)
+    cubic, moments, steep = x.new_zeros(n, 4), x.new_zeros(4, n, 4), _steep_cells(slope, step)
     cubic[1:-2] = slope.unfold(0, 4, 1) @ _CUBIC
+    cubic[steep] = math.nan                                    # marks the weights that the table cannot answer
     slopes = [torch.empty_like(w) for w in weights]
     for w, out in zip(weights, slopes): _sweep(_flat(w).numpy(), low, 1 / step, cubic.numpy(), moments.numpy(), _flat(out).numpy())
-    spread, counts = moments.sum(0) @ _CUBIC.T, x.new_zeros(n)
+    left, moments = float(moments[:, steep, 0].sum()), moments.sum(0).masked_fill_(steep[:, None], 0.)
+    spread, counts = moments @ _CUBIC.T, x.new_zeros(n)
     for j in range(4): counts[j:n - 3 + j] += spread[1:-2, j]
     sums = 0.
     for (_, shares, gaps, _), c in zip(kept or parts(), counts.split(_PIECE)): sums = sums + _sums(shares * c[:, None], gaps)
-    return -(counts @ top), sums, slopes
+    value = -(counts @ top)
+    for w, out in zip(weights, slopes) if left else ():
+        rows = _flat(out).isnan().nonzero()[:, 0]
+        more, further, (found,) = _by_pieces([_flat(w)[rows].double()], mixture)
+        value, sums, _flat(out)[rows] = value + more, sums + further, found.to(out)
+    return value, sums, slopes
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #7b620374
 class _MixtureNLL(torch.autograd.Function):
@@ -141,10 +155,11 @@ class _MixtureNLL(torch.autograd.Function):
     def forward(ctx, means, log_vars, log_mixing, *weights):
         mixture, weights = Mixture(means.detach(), log_vars.detach(), log_mixing.detach()), [_in_rows(w.detach()) for w in weights]
         fine = Mixture(*(t.double() for t in mixture))
-        compiled = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
+        here = all(w.device.type == "cpu" for w in weights)
+        compiled = here and all(w.dtype == torch.float32 for w in weights)
         low, step, n = _grid(weights, fine) if compiled else (0., 0., math.inf)
         if n <= max(4 * _PIECE, sum(w.numel() for w in weights) // 8): value, sums, ctx.gradients = _by_table(weights, fine, low, step, n)
-        else: value, sums, ctx.gradients = _by_pieces(weights, mixture)
+        else: value, sums, ctx.gradients = _by_pieces(weights, fine if here else mixture)
         ctx.save_for_backward(log_vars, sums)
         return value.to(means.dtype)
 

@@ -705,7 +705,7 @@ def run_conversion(
 
 @experiment("fireify-minivgg")
 def fireify_minivgg(config:Conversion, seed:int, folder:Path) -> dict:
-    "Three starts of a converted MiniVGG. `nncomp reproduce fireify-minivgg --seeds 3`; about half an hour a seed on one CPU core, by an estimate from the multiplications."
+    "Three starts of a converted MiniVGG. `nncomp reproduce fireify-minivgg --seeds 3`; half an hour to three quarters a seed on one CPU core."
     return run_conversion(config, seed, folder)
 
 # %% ../nbs/50_squeezenet.ipynb #8ea5941a

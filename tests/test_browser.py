@@ -15,11 +15,11 @@ from nncomp.data import load_data
 from nncomp.models import create_model
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
+PAGES = [*sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb")), "404"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CONTRAST = ("index", "notation", "06_results", "31_huffman")  # the colours are the same on all pages, and measuring them takes long
+CONTRAST = ("index", "notation", "06_results", "31_huffman", "404")  # the colours are the same on all pages, and measuring them takes long
 axe = pytest.importorskip("axe_playwright_python", reason="the browser tests need axe, of the extra `dev`")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright, of the extra `dev`")
 
@@ -78,7 +78,7 @@ def visit(browser, address):
 
 def page_name(notebook):
     "`00_core` is `core.html`."
-    return notebook.split("_", 1)[1] if notebook[0].isdigit() else notebook
+    return notebook.split("_", 1)[-1] if notebook[0].isdigit() else notebook
 
 
 UNDECODED = """async () => {
@@ -87,6 +87,8 @@ UNDECODED = """async () => {
   await Promise.all(images.map(i => i.decode().catch(() => {})));
   return images.filter(i => !i.naturalWidth).map(i => i.src);
 }"""
+LOADED = """() => [...performance.getEntriesByType("navigation"), ...performance.getEntriesByType("resource")]
+  .reduce((sum, entry) => sum + entry.encodedBodySize, 0)"""
 # What lies beyond the window, and in no box that scrolls; the page itself clips it, so that its own width says nothing.
 TOO_WIDE = """() => [...document.querySelectorAll("main *")].filter(e => {
   const box = e.getBoundingClientRect();
@@ -111,8 +113,10 @@ SETTLED = """async () => {
 @pytest.mark.parametrize("notebook", PAGES)
 def test_pages_are_sound(visit, notebook):
     page = visit(page_name(notebook))
+    images = page.evaluate(UNDECODED)
+    assert 300_000 < page.evaluate(LOADED) <= 1_500_000
     page.add_script_tag(path=str(Path(axe.__file__).parent / "axe.min.js"))
-    assert page.evaluate(UNDECODED) == []
+    assert images == []
     for theme in ("light", "dark"):
         if theme == "dark":
             page.locator(".quarto-color-scheme-toggle").first.click()
@@ -147,6 +151,8 @@ def test_the_reader_turns_pages(visit):
     page = visit("pruning")
     page.locator(".nav-page-next a, .pagination-link").last.click()
     page.wait_for_url("**/schedules.html")
+    page.locator(".nav-page-previous a, .pagination-link").first.click()
+    page.wait_for_url("**/pruning.html")
     page.locator("#quarto-sidebar a", has_text="Huffman coding").first.click()
     page.wait_for_url("**/huffman.html")
     assert "Huffman" in page.title() and page.faults == []
@@ -238,11 +244,14 @@ def test_a_figure_opens_and_closes(visit):
     assert not page.get_by_role("dialog").is_visible()
 
 
-def test_without_scripts_the_still_picture_stays(browser, address):
+@pytest.mark.parametrize("name, kind", [("index", "draw"), ("pruning", "threshold"), ("kmeans", "centroids"), ("huffman", "huffman"),
+                                        ("distillation", "temperature")])
+def test_without_scripts_the_still_picture_stays(browser, address, name, kind):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    page.goto(f"{address}/index.html")
-    assert page.locator('[data-widget="draw"] img').is_visible()
+    page.goto(f"{address}/{name}.html")
+    picture = page.locator(f'[data-widget="{kind}"] .nncomp-elsewhere img')
+    assert picture.is_visible() and len(picture.get_attribute("alt")) > 40
     context.close()
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from fontTools.ttLib import TTFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -18,11 +19,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 pytest.importorskip("smalldocs", reason="the site's tools come with the extra `dev`")
 import build_site  # noqa: E402
 import check_links  # noqa: E402
+import draw_card  # noqa: E402
 import make_readme  # noqa: E402
 import site_cells  # noqa: E402
 import site_check  # noqa: E402
+import site_icons  # noqa: E402
 import site_pandoc  # noqa: E402
 import site_refs  # noqa: E402
+import site_sources  # noqa: E402
 from conftest import copy_repository, run_build  # noqa: E402
 
 
@@ -206,10 +210,54 @@ def test_long_lines_are_marked_line_by_line(tmp_path):
     assert f'<pre class="nn-columns"><code>a    {long}\nbb   1\nc    2</code></pre>' in done  # columns stay whole
 
 
-def test_of_a_mixed_cell_only_the_imports_run():
-    def cell(source, *marks):
-        return SimpleNamespace(cell_type="code", source=source, directives_=dict.fromkeys(marks), parsed_=lambda: ast.parse(source).body)
+def test_the_font_of_icons_holds_those_in_use(site, tmp_path):
+    style = next((site[0] / "site_libs").rglob("bootstrap-icons*.css"))
+    (font,) = style.parent.rglob("bootstrap-icons.woff*")
+    glyphs = set(TTFont(font).getBestCmap())
+    names, points = site_icons.in_use(site[0], style)
+    kept = {m[1]: int(m[2], 16) for m in site_icons.RULE.finditer(style.read_text(encoding="utf-8"))}
+    assert {"search", "github", "chevron-right"} <= names <= set(kept)
+    assert set(kept.values()) <= glyphs and {int(p, 16) for p in points} <= glyphs and len(glyphs) < 100
+    assert style.stat().st_size + font.stat().st_size < 10_000
 
+
+def test_the_icon_is_drawn_by_code():
+    assert (ROOT / "nbs" / "images" / "favicon.svg").read_text(encoding="utf-8") == draw_card.icon()
+
+
+def cell(source, *marks):
+    "A cell as nbdev hands it to its processors."
+    return SimpleNamespace(cell_type="code", source=source, directives_=dict.fromkeys(marks), parsed_=lambda: ast.parse(source).body)
+
+
+def test_helpers_are_shown_folded_and_figures_without_their_code():
+    helper = cell("def _f(x): return x\n_A, _B = 1, 2\nclass C: pass\n_D:int = 3", "export")
+    site_sources.fold_export(helper)
+    site_sources.fold_code(helper)
+    assert helper.source.startswith('#| code-fold: true\n#| code-summary: "Source of _f, _A, _B, C, …"\ndef _f')
+    for gone in (cell("import math", "export"), cell("def f(): 1", "export", "hide"), cell("x = 1", "default_exp")):
+        site_sources.fold_export(gone)
+        assert gone.source is None
+    shown, figure = cell("def f(): 1", "exports"), cell("#| label: fig-a-b\nplot()")
+    own, plain = cell("#| label: tbl-a-b\n#| code-fold: false\nshow()"), cell("f()")
+    for each in (shown, figure, own, plain):
+        site_sources.fold_export(each)
+        site_sources.fold_code(each)
+    assert shown.source.startswith('#| code-fold: show\n')
+    assert figure.source.startswith('#| code-fold: true\n#| code-summary: "Code of the figure"\n#| label')
+    assert own.source.startswith("#| label") and plain.source == "f()"
+
+
+def test_every_line_of_the_package_is_on_a_page(pages):
+    shown = {p: re.sub(r"<[^>]*>", "", text) for p, text in pages.items()}
+    for module, name in (("pruning", "def _kth_smallest("), ("container", "def _"), ("arithmetic", "def _")):
+        assert name in shown[f"{module}.html"], module
+    code = (ROOT / "nncomp" / "huffman.py").read_text(encoding="utf-8")
+    missing = [n for n in re.findall(r"^def (\w+)\(", code, re.M) if f"def {n}(" not in shown["huffman.html"]]
+    assert missing == []
+
+
+def test_of_a_mixed_cell_only_the_imports_run():
     assert build_site.imports_of(cell("import math\nmath.pi")) == "import math"
     assert build_site.imports_of(cell("import math")) is build_site.imports_of(cell("import math\nmath.pi", "exports")) is None
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from toys import Stop, toy_data, toy_net
@@ -65,6 +65,8 @@ def gradients(f, weights, mixture, dtype):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 18), st.integers(1, 300), st.integers(0, 1000), st.sampled_from([1e-3, 0.1, 3.]))
+@example(13, 28, 1000, 0.1)          # a weight where two components hand over, within a hundredth of a standard deviation
+@example(5, 5000, 31, 3.)            # a table would be too large, and float32 too coarse for densities of e^-40000
 def test_penalty_is_the_formula(k, n, seed, spread):
     mixture, weights = made(k, seed), [spread * torch.randn(n, generator=torch.Generator().manual_seed(seed)), torch.zeros(3, 2)]
     value, exact = gradients(plain, weights, mixture, torch.double)
@@ -73,6 +75,16 @@ def test_penalty_is_the_formula(k, n, seed, spread):
         assert abs(found - value) <= eps * (abs(value) + n)
         for g, e in zip(grads, exact):
             assert (g - e).abs().max() <= eps * max(1., float(e.abs().max()))
+
+
+def test_where_components_hand_over_the_weights_are_evaluated_one_by_one():
+    mixture = Mixture(torch.tensor([0., 0.1, -0.1]), torch.full((3,), 2 * math.log(2e-3)), torch.tensor([0.9, 0.06, 0.04]).log())
+    w = torch.cat([torch.linspace(-0.06, 0.06, 2001), 2e-3 * torch.randn(20_000), torch.full((2001,), 0.1)])  # turns at ±0.05
+    value, exact = gradients(plain, [w], mixture, torch.double)
+    found, grads = gradients(mixture_nll, [w], mixture, torch.float)
+    assert abs(found - value) < 1e-6 * abs(value)
+    for g, e in zip(grads, exact):
+        assert (g - e).abs().max() < 1e-5 * e.abs().max()
 
 
 def test_any_layout_and_the_factor_above():

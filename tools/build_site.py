@@ -20,8 +20,10 @@ from pathlib import Path
 import yaml
 from site_cells import convert_cells
 from site_check import check
+from site_icons import lean_icons
 from site_pandoc import MATHS, cite, mathml
 from site_refs import prepare
+from site_sources import fold_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("bibliography", "link-citations", "crossref", "execute", "html-math-method", "lightbox")  # done here, not by smalldocs
@@ -76,6 +78,7 @@ def process(root):
     os.chdir(root)
     spare_outputs()
     lenient_signatures()
+    fold_sources()
     try:
         return Path(proc_nbs(force=True, n_workers=0)).resolve()
     except Exception as error:  # nbdev names the chapter and the cell, and hides the reason in the cause
@@ -262,6 +265,7 @@ def build(root, renderer, keep=False):
         if (root / name).is_dir():
             shutil.copytree(root / name, out / name, ignore=shutil.ignore_patterns(".*"))
     offline(out)
+    lean_icons(out)
     accessible(out)
     own_links(out, config["website"]["site-url"])
     if not keep:

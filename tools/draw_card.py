@@ -1,4 +1,4 @@
-"""Draw the card that other sites show with a link to the book.
+"""Draw the card that other sites show with a link to the book, and the icon of its pages.
 
     python tools/draw_card.py
 """
@@ -10,7 +10,8 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-CARD = Path(__file__).resolve().parent.parent / "nbs" / "images" / "card.png"
+IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
+ICON = ("#.#", ".#.", "#.o")  # weights that stay, weights that went, and a shared value
 INK, PAPER, LINE = "#16202b", "#ffffff", "#2a3947"
 
 
@@ -32,7 +33,17 @@ def stages(n=9, seed=4):
     return dense, pruned, [[c if k else None for c, k in zip(*pair)] for pair in zip(shared, keep)]
 
 
+def icon():
+    "A square of nine weights as SVG: four of one value, one of another, and what was pruned left faint."
+    paint = {"#": 'fill="#56b4e9"', "o": 'fill="#d55e00"', ".": 'fill="#ffffff" fill-opacity=".14"'}
+    squares = [f'  <rect x="{5 + 8 * x}" y="{5 + 8 * y}" width="6" height="6" rx="1" {paint[mark]}/>'
+               for y, line in enumerate(ICON) for x, mark in enumerate(line)]
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">\n  <rect width="32" height="32" rx="6" fill="{INK}"/>'
+    return "\n".join([frame, *squares, "</svg>\n"])
+
+
 def main():
+    (IMAGES / "favicon.svg").write_text(icon(), encoding="utf-8")
     fig = plt.figure(figsize=(12, 6.3), dpi=100, facecolor=INK)
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, 1200), ylim=(0, 630))
     ax.axis("off")
@@ -41,7 +52,7 @@ def main():
         grid(ax, colours, left)
         ax.text(left, 150, word, color="#9fb0c0", fontsize=19, va="center")
     ax.text(80, 75, "Neural network compression: a book that runs, a package that is tested", color=PAPER, fontsize=20, va="center")
-    fig.savefig(CARD, metadata={"Software": None})
+    fig.savefig(IMAGES / "card.png", metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ def tidy(cell):
             continue
         if "execution_count" in out:
             out.execution_count = None
+        if kept and out.output_type == kept[-1].output_type == "stream" and out.name == kept[-1].name:
+            kept[-1].text += out.text  # a slow machine sends in pieces what a fast one sends at once
+            continue
         if out.output_type in ("display_data", "execute_result"):
             out.data = {k: v for k, v in out.data.items() if not (k == "text/plain" and "<Figure size" in v and len(out.data) > 1)}
             out.metadata = {}
