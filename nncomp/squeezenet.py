@@ -513,13 +513,13 @@ def squeezed_lenet_mnist(config:Squeezed, seed:int, folder:Path) -> dict:
 
 @experiment("squeezed-vgg-mnist", configs=[VGG_MNIST])
 def squeezed_vgg_mnist(config:Squeezed, seed:int, folder:Path) -> dict:
-    "VGG-19 → squeezed VGG (report 004), MNIST at 32 × 32. `nncomp reproduce squeezed-vgg-mnist --seeds 3`; about an hour and a half a seed on two CPU cores, by an estimate from single epochs."
+    "VGG-19 → squeezed VGG (report 004), MNIST at 32 × 32. `nncomp reproduce squeezed-vgg-mnist --seeds 3`; about three hours a seed on two CPU cores, by an estimate from single steps."
     return run_squeezed(config, seed, folder)
 
 
 @experiment("squeezed-vgg-cifar10", configs=[VGG_CIFAR])
 def squeezed_vgg_cifar10(config:Squeezed, seed:int, folder:Path) -> dict:
-    "VGG-19 → squeezed VGG (report 004), CIFAR-10. `nncomp reproduce squeezed-vgg-cifar10 --seeds 3`; about nine hours a seed on two CPU cores, by an estimate from single epochs; resumed after each epoch, and on a GPU where there is one."
+    "VGG-19 → squeezed VGG (report 004), CIFAR-10. `nncomp reproduce squeezed-vgg-cifar10 --seeds 3`; about fifteen hours a seed on two CPU cores, by an estimate from single steps; resumed after each epoch, and on a GPU where there is one."
     return run_squeezed(config, seed, folder)
 
 # %% ../nbs/50_squeezenet.ipynb #ebc82bb0
