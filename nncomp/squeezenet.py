@@ -442,8 +442,8 @@ class Squeezed:
 
 _SGD = partial(Training, optimizer="sgd", weight_decay=5e-4)
 VGG_MNIST = Squeezed(
-    dense="vgg19", squeezed="squeezed-vgg", dense_training=Training(5, 1e-3), plain=Training(6, 1e-3), normalised=Training(8, 4e-3), distilled=None, dropout=0.5,
-    recipe=Recipe(sparsity=0.7, prune_epochs=3, prune_lr=3e-4, share_epochs=1, share_lr=1e-4, coder="best"), dense_recipe=None)
+    dense="vgg19", squeezed="squeezed-vgg", dense_training=Training(2, 1e-3), plain=Training(4, 1e-3), normalised=Training(4, 4e-3), distilled=None, dropout=0.5,
+    recipe=Recipe(sparsity=0.7, prune_epochs=2, prune_lr=3e-4, share_epochs=1, share_lr=1e-4, coder="best"), dense_recipe=None)
 VGG_CIFAR = Squeezed(
     dataset="cifar10", dense="vgg19", squeezed="squeezed-vgg", dense_training=_SGD(24, 0.05), plain=_SGD(20, 0.04), normalised=_SGD(40, 0.1), distilled=_SGD(40, 0.1), dropout=0.2,
     recipe=Recipe(sparsity=0.6, prune_epochs=8, prune_lr=3e-4, share_epochs=2, share_lr=1e-4, coder="best"),
@@ -513,7 +513,7 @@ def squeezed_lenet_mnist(config:Squeezed, seed:int, folder:Path) -> dict:
 
 @experiment("squeezed-vgg-mnist", configs=[VGG_MNIST])
 def squeezed_vgg_mnist(config:Squeezed, seed:int, folder:Path) -> dict:
-    "VGG-19 → squeezed VGG (report 004), MNIST at 32 × 32. `nncomp reproduce squeezed-vgg-mnist --seeds 3`; about three hours a seed on two CPU cores, by an estimate from single steps."
+    "VGG-19 → squeezed VGG (report 004), MNIST at 32 × 32. `nncomp reproduce squeezed-vgg-mnist --seeds 3`; about an hour and a half a seed on two CPU cores."
     return run_squeezed(config, seed, folder)
 
 
