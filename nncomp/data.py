@@ -31,14 +31,15 @@ from .core import MissingExtraError, check_int, require
 @dataclass(frozen=True, eq=False)
 class Split:
     "One part of a data set, whole, as tensors on one device."
-    x: Tensor  # (n, c, h, w) float32, normalised
-    y: Tensor  # (n,) int64, class of each image
+    x: Tensor  # (n, …) what the network takes; of images (n, c, h, w) float32, normalised
+    y: Tensor  # (n, …) what it should answer; of classes (n,) int64
 
     def __post_init__(self):
-        if self.x.ndim != 4 or self.y.shape != self.x.shape[:1]:
-            raise ValueError(f"x must be (n, c, h, w) and y (n,), got {tuple(self.x.shape)} and {tuple(self.y.shape)}")
+        if not self.x.ndim or self.y.shape[:1] != self.x.shape[:1]:
+            raise ValueError(f"x must be (n, …) and y (n, …), an answer for each example, got {tuple(self.x.shape)} and {tuple(self.y.shape)}")
 
     def __len__(self): return len(self.y)
+
 
 # %% ../nbs/01_data.ipynb #dd82480f
 def stratified_split(
@@ -106,15 +107,21 @@ class Data:
     train: Split
     valid: Split  # may be empty
     test: Split
-    num_classes: int
+    num_classes: int = 0              # 0 = the answers are no classes
     classes: tuple[str, ...] = ()     # name of each class
     mean: tuple[float, ...] = (0.,)   # per channel, of images in [0, 1]
     std: tuple[float, ...] = (1.,)    # per channel
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        "Channels, height and width of an image."
+    def input_shape(self) -> tuple[int, ...]:
+        "Shape of one example: of an image channels, height and width."
         return tuple(self.train.x.shape[1:])
+
+    @property
+    def classification(self) -> bool:
+        "Whether each answer is one class; where it is not, training needs a loss of its own (`training.fit`)."
+        y = self.train.y
+        return self.num_classes > 0 and y.ndim == 1 and not (y.is_floating_point() or y.is_complex())
 
     def to(self, device:str|torch.device) -> "Data":
         "The same data set on another device."
@@ -337,6 +344,12 @@ def load_data(
     return Data(name, *splits, len(raw.classes), raw.classes, raw.mean, raw.std).to(device)
 
 # %% ../nbs/01_data.ipynb #cec18654
+def _images(xb):
+    "The shape of a batch of images; ValueError for anything else."
+    if xb.ndim != 4: raise ValueError(f"the augmentation takes images (n, c, h, w), got {tuple(xb.shape)}")
+    return xb.shape
+
+
 def random_affine(
     xb:Tensor,                  # (n, c, h, w)
     generator:torch.Generator,  # decides every draw
@@ -347,7 +360,7 @@ def random_affine(
 ) -> Tensor:                    # same shape and device
     "Shift, rotate and zoom each image at random (@eq-data-affine)."
     if not 0 <= scale < 1: raise ValueError(f"scale must lie in [0, 1), got {scale}")
-    n, _, h, w = xb.shape
+    n, _, h, w = _images(xb)
     draws = (torch.rand(4, n, 1, 1, generator=generator, device=generator.device) * 2 - 1).to(xb.device, xb.dtype)
     angle, zoom = draws[0] * math.radians(degrees), 1 + draws[1] * scale
     y = (torch.arange(h, device=xb.device, dtype=xb.dtype) - (h - 1) / 2)[None, :, None]    # pixel offsets from the centre
@@ -365,7 +378,7 @@ def random_crop_flip(
 ) -> Tensor:                    # same shape and device
     "Crop each image at random from its padded self, and mirror it left to right with probability one half (He et al. 2016, §4.2)."
     check_int(padding, 0, name="padding")
-    n, c, h, w = xb.shape
+    n, c, h, w = _images(xb)
     draw = lambda high: torch.randint(high, (n, 1), generator=generator, device=generator.device).to(xb.device)
     rows = draw(2 * padding + 1) + torch.arange(h, device=xb.device)
     columns = draw(2 * padding + 1) + torch.arange(w, device=xb.device)

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .container import TRUSTED, Ledger, bit_patterns, inspect, load, save
-from .core import as_bytes, atomic_path, check_finite, check_fraction, check_int, check_plain, check_writable, default_device, named_weights, seed_everything, unwrap
+from .core import as_bytes, atomic_path, check_finite, check_fraction, check_int, check_plain, check_writable, default_device, named_by, named_weights, seed_everything, unwrap
 from .data import Data, load_data
 from .entropy import entropy_bits
 from .measure import compression_ratio, dense_bytes, sparsity
 from .models import create_model_for, model_input_shape
 from .pruning import apply_masks_
 from .results import experiment
-from .schedules import Pruner, grow_masks
-from .training import _lasting, callable_name, evaluate, fit
-from .weight_sharing import finalize_sharing, share_weights
+from .schedules import Pruner, _targets, grow_masks
+from .training import _check_loss, _lasting, callable_name, evaluate, fit, judging_loss
+from .weight_sharing import _chosen, finalize_sharing, share_weights
 
 # %% ../nbs/40_deep_compression.ipynb #1ae88986
 def predict_bytes(
@@ -68,31 +68,53 @@ def _check_rates(recipe, *names) -> None:
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0: raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
+def _each(value, name):
+    "(value, what to call it) of a setting that is one number for all tensors or a number by name."
+    return [(v, f"{name} of {key}") for key, v in value.items()] if isinstance(value, Mapping) else [(value, name)]
+
+
 @dataclass(frozen=True)
 class Recipe:
     "What each stage does, and for how long."
-    sparsity:float = 0.95       # fraction of the weights to remove, in [0, 1]
+    sparsity:float|Mapping[str,float] = 0.95  # fraction of the weights to remove, in [0, 1]; or by parameter name, what is not named keeps all of them
     scope:str = "global"        # rank the weights of the whole model ("global") or of each layer ("layer")
     floor:float = 0.01          # least fraction of a layer that stays, in [0, 1 - sparsity]
     prune_epochs:int = 12       # epochs of training while and after pruning
     prune_lr:float = 3e-3       # peak learning rate of these
     ramp:float = 0.6            # fraction of these epochs over which sparsity grows, in [0, 1]
-    bits:int = 5                # a layer keeps at most 2**bits values, zero among them; 1…16
+    bits:int|Mapping[str,int] = 5  # a layer keeps at most 2**bits values, zero among them; 1…16; or by parameter name, what is not named keeps its values
     init:str = "optimal"        # start of the k-means, see `kmeans_1d`
     share_epochs:int = 3        # epochs of training the shared values
     share_lr:float = 2e-4       # peak learning rate of these
     batch_size:int = 128        # images a step, in both
     weight_decay:float = 0.     # of the optimizer, in both (the L2 penalty of Han et al. 2015, *Learning both Weights and Connections*), at least 0
     coder:str = "huffman"       # "huffman" = Han's chain; "best" = whatever is smallest
+    skip:tuple[str,...] = ()    # weights neither pruned nor shared: names, or patterns such as "features.0.*"; they are trained on like biases
 
     def __post_init__(self):
-        for name in ("sparsity", "floor", "ramp"): check_fraction(getattr(self, name), name)
-        if self.sparsity + self.floor > 1 + 1e-9: raise ValueError(f"sparsity {self.sparsity} leaves less than the floor of {self.floor}")
-        for name, low in dict(bits=1, batch_size=1, prune_epochs=0, share_epochs=0).items():
-            check_int(getattr(self, name), low, 16 if name == "bits" else None, name)
+        for name in ("floor", "ramp"): check_fraction(getattr(self, name), name)
+        for value, name in _each(self.sparsity, "sparsity"):
+            check_fraction(value, name)
+            if value + self.floor > 1 + 1e-9: raise ValueError(f"{name} {value} leaves less than the floor of {self.floor}")
+        for value, name in _each(self.bits, "bits"): check_int(value, 1, 16, name)
+        for name, low in dict(batch_size=1, prune_epochs=0, share_epochs=0).items(): check_int(getattr(self, name), low, name=name)
         _check_rates(self, "prune_lr", "share_lr", "weight_decay")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        named_by(self.skip, self.skip)
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    def by_tensor(self,
+        model:nn.Module,  # what the recipe is for
+        field:str,        # "sparsity" or "bits"
+    ) -> Any:             # the number for all weights, or parameter name -> number
+        "A setting as `grow_masks` and `share_weights` take it, without what is skipped; ValueError where a name or pattern fits no weight."
+        value, weights = getattr(self, field), named_weights(model)
+        if not self.skip: return value
+        chosen, skipped = value if isinstance(value, Mapping) else dict.fromkeys(weights, value), named_by(self.skip, weights)
+        left = {name: v for name, v in chosen.items() if name not in skipped}
+        if not left: raise ValueError(f"skip leaves no weight for {field}")
+        return left
 
 
 RECIPES = {"classic": Recipe(), "best": Recipe(coder="best")}
@@ -108,8 +130,9 @@ def images_by_channel(
 def prune_stage(
     model:nn.Module,      # trained; changed in place
     data:Data|None,       # retrains on its training split; None = cut only
-    recipe:Recipe,        # uses sparsity, scope, floor, ramp, prune_epochs, prune_lr, weight_decay
+    recipe:Recipe,        # uses sparsity, scope, floor, skip, ramp, prune_epochs, prune_lr, weight_decay
     *,
+    loss:Callable|None=None,             # see `fit`; for answers that are no classes
     augment:Callable|None=None,          # changes each batch that is trained on, see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
@@ -117,19 +140,20 @@ def prune_stage(
     progress:bool=True,   # show a bar
 ) -> None:
     "Remove the weights of smallest magnitude while training goes on (Han et al. 2016, §2; Zhu & Gupta 2017, eq. 1)."
-    if data is None or recipe.prune_epochs == 0:
-        return apply_masks_(model, grow_masks(model, recipe.sparsity, scope=recipe.scope, floor=recipe.floor))
-    pruner = Pruner(recipe.sparsity, scope=recipe.scope, floor=recipe.floor, begin=0., end=recipe.ramp)
+    goal = recipe.by_tensor(model, "sparsity")
+    if data is None or recipe.prune_epochs == 0: return apply_masks_(model, grow_masks(model, goal, scope=recipe.scope, floor=recipe.floor))
+    pruner = Pruner(goal, scope=recipe.scope, floor=recipe.floor, begin=0., end=recipe.ramp)
     fit(model, data, epochs=recipe.prune_epochs, lr=recipe.prune_lr, batch_size=recipe.batch_size, callbacks=[pruner],
         weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="pruning",
-        augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+        loss=loss, augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
 
 # %% ../nbs/40_deep_compression.ipynb #d580a09f
 def share_stage(
     model:nn.Module,      # pruned or not; changed in place
     data:Data|None,       # trains the shared values on its training split; None = cluster only
-    recipe:Recipe,        # uses bits, init, share_epochs, share_lr, weight_decay
+    recipe:Recipe,        # uses bits, init, skip, share_epochs, share_lr, weight_decay
     *,
+    loss:Callable|None=None,             # see `fit`; for answers that are no classes
     augment:Callable|None=None,          # changes each batch that is trained on, see `fit`
     seed:int=0,           # order of the images, random starts
     device:str|torch.device|None=None,   # None = the fastest
@@ -140,11 +164,11 @@ def share_stage(
     "Let each layer's weights share at most 2**bits values and train those (Han et al. 2016, §3)."
     trainable = data is not None and recipe.share_epochs > 0
     generator = torch.Generator().manual_seed(seed)
-    share_weights(model, recipe.bits, init=recipe.init, keep_zero=True, generator=generator, trainable=trainable, moving=moving and trainable)
+    share_weights(model, recipe.by_tensor(model, "bits"), init=recipe.init, keep_zero=True, generator=generator, trainable=trainable, moving=moving and trainable)
     if trainable:
         fit(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, batch_size=recipe.batch_size,
             weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="sharing",
-            augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+            loss=loss, augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
         finalize_sharing(model)
 
 # %% ../nbs/40_deep_compression.ipynb #530a25bf
@@ -152,12 +176,13 @@ def share_stage(
 class Stage:
     "What the model is after one stage."
     name:str                        # "dense", "pruned", "shared" or "coded"
-    valid_error_percent:float|None  # on the validation split; None without data
+    valid_error_percent:float|None  # on the validation split; None without data, or where the answers are no classes
     sparsity:float                  # zeros among the weights (rank two or more), in [0, 1]
     distinct:int                    # most distinct values in a weight tensor, to the bit
     predicted_bytes:int             # see `predict_bytes`
     file_bytes:int                  # size of the file that `save` writes at this point
     seconds:float                   # wall time of the stage
+    valid_loss:float|None = None    # mean loss on the validation split; None without data
 
 
 @dataclass(frozen=True)
@@ -180,30 +205,32 @@ class Report:
 # %% ../nbs/40_deep_compression.ipynb #598dbd78
 def run_tag(
     model:nn.Module,    # as it is before the run
-    data:Data|None,     # training and validation images
+    data:Data|None,     # training and validation examples
     recipe:Any,         # a frozen dataclass: what is done
     seed:int,           # of the run
     augment:Callable|None=None,  # what changes each batch, see `fit`
+    loss:Callable|None=None,     # see `fit`
 ) -> str:               # ten hexadecimal digits
-    "A name for one run: it changes with the model's layers, weights and what of them is frozen, with images, recipe, seed and augmentation, so that no run resumes another's."
+    "A name for one run: it changes with the model's layers, weights and what of them is frozen, with data, recipe, seed, augmentation and loss, so that no run resumes another's."
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     about = type(model).__qualname__, _lasting(model), frozen
-    digest = hashlib.sha256(repr((about, recipe, seed, *([callable_name(augment)] if augment else []))).encode())
+    digest = hashlib.sha256(repr((about, recipe, seed, *(callable_name(f) for f in (augment, loss) if f))).encode())
     for tensor in () if data is None else (data.train.x, data.train.y, data.valid.x, data.valid.y): digest.update(as_bytes(tensor).numpy())
     for name, tensor in model.state_dict().items(): digest.update(name.encode() + as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()[:10]
 
 # %% ../nbs/40_deep_compression.ipynb #4a2c422f
-def _measured(name, model, data, recipe, device, seconds) -> Stage:
+def _measured(name, model, data, recipe, device, seconds, loss) -> Stage:
     "The row of one stage: the model saved to a temporary file and, with data, evaluated on the validation split."
     state = model.state_dict()
     weights = [w.detach() for w in named_weights(model).values()]
     with tempfile.TemporaryDirectory() as folder:
         save(state, Path(folder) / "stage.nncomp", coder=recipe.coder)
         size = (Path(folder) / "stage.nncomp").stat().st_size
-    error = evaluate(model, data.valid, device=device).error_percent if data is not None and len(data.valid) else None
+    found = evaluate(model, data.valid, loss=judging_loss(data, loss), device=device) if data is not None and len(data.valid) else None
+    error = None if found is None or found.errors is None else found.error_percent
     return Stage(name, error, sparsity(weights), max(np.unique(bit_patterns(w)).size for w in weights),
-                 predict_bytes(state), size, seconds)
+                 predict_bytes(state), size, seconds, found and found.loss)
 
 
 def _resumable(
@@ -226,6 +253,7 @@ def deep_compress(
     *,
     path:str|Path,                # the file to write
     folder:str|Path|None=None,    # keeps each stage's state and the checkpoints, so that a run can be resumed
+    loss:Callable|None=None,      # what both training stages lower, see `fit`; needed where the answers are no classes
     augment:Callable|None=None,   # changes each batch that is trained on, see `fit`
     seed:int=0,                   # order of the images, and random starts of k-means
     device:str|torch.device|None=None,  # None = the fastest
@@ -235,35 +263,37 @@ def deep_compress(
     if isinstance(recipe, str) and recipe not in RECIPES: raise ValueError(f"no recipe {recipe!r}; there are: {', '.join(RECIPES)}")
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     model = unwrap(model)
-    _check(model, data, recipe, Path(path))
+    _check(model, data, recipe, Path(path), loss)
     device, folder = device or default_device(), None if folder is None else Path(folder)
-    model, tag = copy.deepcopy(model).to(device), run_tag(model, data, recipe, seed, augment)
+    model, tag = copy.deepcopy(model).to(device), run_tag(model, data, recipe, seed, augment, loss)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
-    stages = [_measured("dense", model, data, recipe, device, 0.)]
+    stages = [_measured("dense", model, data, recipe, device, 0., loss)]
     for name, stage in (("pruned", prune_stage), ("shared", share_stage)):
         start = time.perf_counter()
-        options = dict(augment=augment, seed=seed, device=device, progress=progress, checkpoint=folder and folder / f"{name}-{tag}.pt")
+        options = dict(loss=loss, augment=augment, seed=seed, device=device, progress=progress, checkpoint=folder and folder / f"{name}-{tag}.pt")
         _resumable(folder and folder / f"{name}-{tag}.nncomp", model, lambda: stage(model, data, recipe, **options))
-        stages.append(_measured(name, model, data, recipe, device, time.perf_counter() - start))
+        stages.append(_measured(name, model, data, recipe, device, time.perf_counter() - start, loss))
     stages.append(_coded(model, path, recipe, stages[-1]))
     return Report(model.cpu().eval(), tuple(stages), Path(path), dense_bytes(model), Path(path).stat().st_size, inspect(path))
 
 # %% ../nbs/40_deep_compression.ipynb #fc6e01d9
-def _check_task(model, data) -> None:
+def _check_task(model, data, loss) -> None:
     "Complain of what no chain can work with: data of another kind, tensors that others are computed from, numbers that are none."
     if data is not None and not isinstance(data, Data): raise ValueError(f"data must be a `Data`, as from `load_data`, got a {type(data).__name__}; of arrays, make one of three `Split`s")
+    if data is not None: _check_loss(data, loss)
     for name, p in model.named_parameters():
         if p.is_floating_point() and not p.is_meta: check_finite(p, name)
     if not any(parametrize.is_parametrized(m) for m in model.modules()): check_plain(model, [name for name, _ in model.named_parameters()])
 
 
-def _check(model, data, recipe, path) -> None:
+def _check(model, data, recipe, path, loss) -> None:
     "Complain before any work: the recipe, the output, and what of the model cannot be compressed. Warn without data."
     if not isinstance(recipe, Recipe): raise ValueError(f"recipe must be a Recipe or one of {', '.join(RECIPES)}, got {type(recipe).__name__}")
     check_writable(path)
-    _check_task(model, data)
+    _check_task(model, data, loss)
     if any(parametrize.is_parametrized(m) for m in model.modules()): raise ValueError("the model has parametrized tensors; make them plain first")
     if not named_weights(model): raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
+    _targets(model, recipe.by_tensor(model, "sparsity"), recipe.scope, recipe.floor), _chosen(model, recipe.by_tensor(model, "bits"), False)
     if data is None: warnings.warn("no data was given: nothing is retrained, which costs accuracy", stacklevel=3)
     elif recipe.share_epochs and any(isinstance(m, nn.RNNBase) for m in model.modules()):
         raise ValueError("a recurrent layer cannot train shared values; use a recipe with share_epochs=0")
@@ -279,7 +309,7 @@ def _coded(model, path, recipe, before) -> Stage:
             same = back[name].shape == tensor.shape and back[name].dtype == tensor.dtype
             if not (same and torch.equal(as_bytes(back[name]), as_bytes(tensor))): raise RuntimeError(f"{name} would not come back as it was; nothing was written")
     return Stage("coded", before.valid_error_percent, before.sparsity, before.distinct, before.predicted_bytes,
-                 Path(path).stat().st_size, time.perf_counter() - start)
+                 Path(path).stat().st_size, time.perf_counter() - start, before.valid_loss)
 
 # %% ../nbs/40_deep_compression.ipynb #7d15ab02
 @torch.no_grad()

@@ -337,6 +337,7 @@ def distill(
     **options,                # of `fit`: epochs, lr, augment, seed, …
 ) -> list[dict]:              # as from `fit`; its loss is the distillation loss
     "Train a student on a teacher's answers and the labels (@eq-distillation-loss); the teacher stays as it is."
+    if not data.classification: raise ValueError("a teacher's logits are for classes, and the answers of the data are none")
     task = Distillation(teacher, temperature=temperature, alpha=alpha, loss=loss)
     live = isinstance(task.teacher, nn.Module)
     if not live and options.get("augment") is not None: raise ValueError(_STALE)

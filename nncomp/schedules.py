@@ -29,7 +29,7 @@ from .data import Batches, Data, Split, load_data, random_affine
 from .models import create_model_for, mlp, model_input_shape
 from .pruning import MaskCallback, _fitting, _fraction, _inputs, _once, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
 from .results import experiment
-from .training import Callback, Run, evaluate, fit
+from .training import Callback, Run, _check_loss, evaluate, fit, judging_loss
 
 # %% ../nbs/11_schedules.ipynb #f71a7227
 def cubic_sparsity(
@@ -48,7 +48,7 @@ def _targets(model: nn.Module, sparsity: float | Mapping[str, float], scope: str
     "Parameter name -> sparsity in [0, 1 - floor], checked against `model`."
     if scope not in ("layer", "global"): raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
     by_name = isinstance(sparsity, Mapping)
-    if by_name and scope == "global": raise ValueError("sparsities by name need scope='layer'; a global ranking takes one number")
+    if by_name and scope == "global" and len(set(sparsity.values())) > 1: raise ValueError("different sparsities by name need scope='layer'; a global ranking takes one number for all that it names")
     targets = dict(sparsity) if by_name else {name: sparsity for name in named_weights(model)}
     known = dict(model.named_parameters(remove_duplicate=False))
     if not targets: raise ValueError("nothing to prune: the model has no weight tensor, or no sparsity was given")
@@ -171,16 +171,16 @@ class Pruner(MaskCallback):
 # %% ../nbs/11_schedules.ipynb #a9960921
 class _Round(MaskCallback):
     "The masks of one round, and how the network did right after the cut."
-    def __init__(self, masks, identity, accuracy):
+    def __init__(self, masks, identity, found):
         super().__init__(masks)
-        self.settings, self.cut = identity, accuracy
+        self.settings, self.cut, self.cut_loss = identity, found.accuracy, found.loss
 
     def identity(self): return self.settings
-    def state_dict(self): return super().state_dict() | {"cut": self.cut}
+    def state_dict(self): return super().state_dict() | {"cut": self.cut, "cut_loss": self.cut_loss}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.cut = state["cut"]
+        self.cut, self.cut_loss = state["cut"], state.get("cut_loss", math.nan)
 
 
 def _overall(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
@@ -224,9 +224,11 @@ def iterative_prune(
     checkpoint:str|Path|None=None,  # folder for a checkpoint per round; made where it does not exist
     progress:bool=True,
     dropout_rule:bool=False, # lower dropout by `DropoutRule` as connections go; the first rates come back at the end
-) -> tuple[dict[str,Tensor], list[dict]]:  # the masks, and per round: round, sparsity of all weight tensors, accuracy before and after retraining
+) -> tuple[dict[str,Tensor], list[dict]]:  # the masks, and per round: round, sparsity of all weight tensors, accuracy and loss before and after retraining
     "Prune, retrain, and repeat (Han et al. 2015, sec. 3.4); ValueError before the first round where a step falls or does not fit."
     _check_steps(model, steps, scope, floor)
+    _check_loss(data, loss)
+    judge = lambda: evaluate(model, data.valid, loss=judging_loss(data, loss), device=device)
     masks, rounds, folder = {}, [], None if checkpoint is None else Path(checkpoint)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
     rules = [DropoutRule()] if dropout_rule else []
@@ -235,12 +237,12 @@ def iterative_prune(
         for i, target in enumerate(steps, start=1):
             masks = grow_masks(model, target, masks, scope=scope, floor=floor)
             apply_masks_(model, masks)
-            hold = _Round(masks, str((target, scope, floor)), evaluate(model, data.valid, device=device).accuracy)
+            hold = _Round(masks, str((target, scope, floor)), judge())
             fit(model, data, epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay,
                 momentum=momentum, l1=l1, l2=l2, loss=loss, augment=augment, callbacks=[hold, *rules, *callbacks], seed=seed + i - 1,
                 device=device, channels_last=channels_last, checkpoint=folder and folder / f"round-{i}.pt", progress=progress, title=f"round {i}/{len(steps)}")
-            masks, healed = hold.masks, evaluate(model, data.valid, device=device)
-            rounds.append({"round": i, "sparsity": _overall(model, masks), "pruned_accuracy": hold.cut, "accuracy": healed.accuracy})
+            masks, healed = hold.masks, judge()
+            rounds.append({"round": i, "sparsity": _overall(model, masks), "pruned_accuracy": hold.cut, "accuracy": healed.accuracy, "pruned_loss": hold.cut_loss, "loss": healed.loss})
     return masks, rounds
 
 # %% ../nbs/11_schedules.ipynb #13ac8833
@@ -263,6 +265,7 @@ def sensitivity_scan(
     sparsities:Sequence[float]=(0., .5, .6, .7, .8, .9, .95, .98),  # each in [0, 1]
     *,
     names:Sequence[str]|None=None,       # which parameters; None = every weight tensor
+    loss:Callable|None=None,             # as in `evaluate`; for answers that are no classes
     device:str|torch.device|None=None,   # where to evaluate, as in `evaluate`
 ):                                       # DataFrame: layer, sparsity, accuracy, loss
     "Accuracy and loss with one tensor at a time pruned by magnitude, no retraining (as Han et al. 2015, sec. 5)."
@@ -276,7 +279,7 @@ def sensitivity_scan(
         for s in sparsities:
             try:
                 p.data.masked_fill_(~magnitude_mask(original, s, name=name), 0.0)
-                result = evaluate(model, split, device=device)
+                result = evaluate(model, split, loss=loss, device=device)
             finally: p.data.copy_(original)
             rows.append((name, s, result.accuracy, result.loss))
     return require("pandas").DataFrame(rows, columns=["layer", "sparsity", "accuracy", "loss"])
@@ -284,14 +287,20 @@ def sensitivity_scan(
 # %% ../nbs/11_schedules.ipynb #916bc5dc
 def suggest_sparsities(
     scan,                  # DataFrame from `sensitivity_scan`, with a row at sparsity 0 for each layer, the reference
-    tolerance:float=0.01,  # accuracy that may be lost, in [0, 1]
+    tolerance:float=0.01,  # accuracy that may be lost, in [0, 1]; or how much larger the loss may be, at least 0
+    *,
+    by:str="accuracy",     # what is watched: "accuracy" or "loss"
 ) -> dict[str,float]:      # parameter name -> largest sparsity before the first larger loss
     "Per-layer targets for `Pruner` from a sensitivity scan."
-    check_fraction(tolerance, "tolerance")
+    if by not in ("accuracy", "loss"): raise ValueError(f"by must be 'accuracy' or 'loss', got {by!r}")
+    if by == "accuracy": check_fraction(tolerance, "tolerance")
+    elif not 0 <= tolerance < math.inf: raise ValueError(f"tolerance must be a finite number of at least 0, got {tolerance}")
+    if scan[by].isna().any(): raise ValueError(f"the scan has no {by} in some rows; where the answers are no classes, look at the loss: by='loss'")
     targets = {}
     for name, rows in scan.sort_values("sparsity", kind="stable").groupby("layer", sort=False):
         if rows["sparsity"].iloc[0] != 0: raise ValueError(f"the scan of {name} begins at sparsity {rows['sparsity'].iloc[0]:g}; it needs a row at 0, to compare with")
-        good = (rows["accuracy"] >= rows["accuracy"].iloc[0] - tolerance - 1e-12).cumprod().astype(bool)
+        worse = rows["loss"] - rows["loss"].iloc[0] if by == "loss" else rows["accuracy"].iloc[0] - rows["accuracy"]
+        good = (worse <= tolerance + 1e-12).cumprod().astype(bool)
         targets[name] = float(rows["sparsity"][good].iloc[-1])
     return targets
 
@@ -312,15 +321,16 @@ def suggest_qualities(
 def scan_qualities(
     model:nn.Module,       # put back bit for bit
     data,                  # as in `sensitivity_scan`
-    tolerance:float=0.01,  # accuracy that each tensor alone may cost, in [0, 1]
+    tolerance:float=0.01,  # accuracy that each tensor alone may cost, in [0, 1]; or, with `loss`, how much loss it may add
     *,
     sparsities:Sequence[float]=(0., .5, .6, .7, .8, .9, .95, .98),  # tried, 0 among them, each in [0, 1)
     names:Sequence[str]|None=None,       # which parameters; None = every weight tensor
+    loss:Callable|None=None,             # as in `evaluate`; then the loss is watched, not the accuracy
     device:str|torch.device|None=None,   # where to evaluate
 ) -> dict[str,float]:      # parameter name -> quality for `std_threshold_masks`; tensors that lose nothing are left out
     "Thresholds in standard deviations from a scan: `sensitivity_scan`, `suggest_sparsities` and `suggest_qualities` in one call."
-    scan = sensitivity_scan(model, data, sparsities, names=names, device=device)
-    return suggest_qualities(model, suggest_sparsities(scan, tolerance))
+    scan = sensitivity_scan(model, data, sparsities, names=names, loss=loss, device=device)
+    return suggest_qualities(model, suggest_sparsities(scan, tolerance, by="accuracy" if loss is None else "loss"))
 
 # %% ../nbs/11_schedules.ipynb #9e8a5e0d
 def scaled_dropout(

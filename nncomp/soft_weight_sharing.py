@@ -33,7 +33,7 @@ from .deep_compression import Recipe, _check_rates, _check_task, images_by_chann
 from .measure import compression_ratio, dense_bytes, sparsity, time_call
 from .models import create_model, create_model_for, load_data_for
 from .results import difference, experiment, load_records, mean_sd
-from .training import Callback, Run, callable_name, evaluate, fit
+from .training import Callback, Run, callable_name, evaluate, fit, judging_loss
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #b20cad7f
 class Mixture(NamedTuple):
@@ -473,6 +473,7 @@ def soft_stage(
     data:Data,            # trains on its training split
     recipe:SoftRecipe,    # everything but `merge_below` and the tuning
     *,
+    loss:Callable|None=None,             # see `fit`; for answers that are no classes
     augment:Callable|None=None,          # see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
@@ -481,7 +482,7 @@ def soft_stage(
 ) -> TrainPrior:          # with the prior as it ended, and its trace
     "Train a network under the prior (@eq-soft-loss), all of its weights and the mixture together."
     training = TrainPrior(recipe.prior(model), recipe.tau, warmup=recipe.warmup, lr_means=recipe.lr_means, lr_log_vars=recipe.lr_log_vars, lr_mixing=recipe.lr_mixing)
-    fit(model, data, epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, augment=augment, callbacks=[training], seed=seed, device=device,
+    fit(model, data, epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, loss=loss, augment=augment, callbacks=[training], seed=seed, device=device,
         channels_last=images_by_channel(model), checkpoint=checkpoint, progress=progress, title="soft sharing")
     return training
 
@@ -491,6 +492,7 @@ def tune_values(
     data:Data,            # trains on its training split
     recipe:SoftRecipe,    # uses components, biases, batch_size, tune_epochs, tune_lr, moving
     *,
+    loss:Callable|None=None,             # see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
     checkpoint:str|Path|None=None,       # see `fit`
@@ -501,7 +503,7 @@ def tune_values(
     for p in frozen: p.requires_grad_(False)
     try:
         stage = Recipe(bits=(recipe.components - 1).bit_length(), share_epochs=recipe.tune_epochs, share_lr=recipe.tune_lr, batch_size=recipe.batch_size)
-        share_stage(model, data, stage, moving=recipe.moving, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+        share_stage(model, data, stage, loss=loss, moving=recipe.moving, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
     finally:
         for p in frozen: p.requires_grad_(True)
 
@@ -529,6 +531,7 @@ def soft_compress(
     *,
     path:str|Path,        # the file to write
     folder:str|Path|None=None,           # keeps checkpoints, so that a run can be resumed
+    loss:Callable|None=None,             # what is lowered beside the prior, a mean negative log-likelihood, see `fit`; needed where the answers are no classes
     augment:Callable|None=None,          # of training under the prior, see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
@@ -538,18 +541,19 @@ def soft_compress(
     check_writable(path)
     if not isinstance(recipe, SoftRecipe): raise ValueError(f"recipe must be a SoftRecipe, got {type(recipe).__name__}")
     if data is None: raise ValueError("soft weight sharing trains, so it needs data")
-    _check_task(unwrap(model), data)
+    _check_task(unwrap(model), data, loss)
     if recipe.tune_epochs and any(isinstance(m, nn.RNNBase) for m in model.modules()): raise ValueError("a recurrent layer cannot train shared values; use a recipe with tune_epochs=0")
     path, folder, model = Path(path), None if folder is None else Path(folder), unwrap(model)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
-    soft, options, tag = copy.deepcopy(model), dict(seed=seed, device=device, progress=progress), run_tag(model, data, recipe, seed, augment)
+    soft, options, tag = copy.deepcopy(model), dict(loss=loss, seed=seed, device=device, progress=progress), run_tag(model, data, recipe, seed, augment, loss)
     kept = (lambda name: None) if folder is None else (lambda name: folder / f"{name}-{tag}.pt")
     training = soft_stage(soft, data, recipe, augment=augment, checkpoint=kept("soft"), **options)
     mixture, quantized = merge_components(training.prior.mixture(), recipe.merge_below), copy.deepcopy(soft)
     counts = soft_quantize_(quantized, mixture, biases=recipe.biases)
     tuned = copy.deepcopy(quantized)
     tune_values(tuned, data, recipe, checkpoint=kept("tuned"), **options)
-    if len(data.valid) and evaluate(tuned, data.valid).loss > evaluate(quantized, data.valid).loss: tuned = copy.deepcopy(quantized)
+    judge = lambda net: evaluate(net, data.valid, loss=judging_loss(data, loss)).loss
+    if len(data.valid) and judge(tuned) > judge(quantized): tuned = copy.deepcopy(quantized)
     with atomic_path(path) as part: save(tuned, part)
     return SoftReport(soft, quantized, load(path, into=tuned, max_expansion=TRUSTED), mixture, tuple(counts.tolist()), path, path.stat().st_size, dense_bytes(tuned))
 

@@ -471,6 +471,7 @@ def weight_importance(
     weights, generator = named_weights(model, biases), torch.Generator().manual_seed(seed)
     if not weights: raise ValueError("the model has no weights: no floating parameter of rank two or more")
     check_plain(model, weights)
+    if not data.classification: raise ValueError("the Fisher information is estimated with classes drawn from the model's softmax, and the answers of the data are no classes")
     if not 0 <= damping < math.inf: raise ValueError(f"damping must be finite and at least 0, got {damping}")
     leaves = {name: check_finite(w.detach(), name).requires_grad_() for name, w in weights.items()}   # frozen ones count too
     total, n = {name: torch.zeros_like(_wide(w.detach())) for name, w in weights.items()}, min(check_int(images, 1, name="images"), len(data.train))

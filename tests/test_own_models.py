@@ -2,6 +2,7 @@
 import copy
 import functools
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from nncomp.deep_compression import Recipe, deep_compress, run_tag
 from nncomp.distillation import Ensemble, Matching, cache_logits, distill, watch
 from nncomp.inference import fastest, lightest
 from nncomp.pruning import magnitude_mask
-from nncomp.schedules import Pruner
+from nncomp.schedules import Pruner, iterative_prune, sensitivity_scan, suggest_sparsities
 from nncomp.soft_weight_sharing import SoftRecipe, soft_compress
 from nncomp.squeezenet import fold_batch_norm
 from nncomp.training import callable_name, evaluate, fit
@@ -293,3 +294,126 @@ def test_a_full_disk_names_the_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="run.pt could not be written"):
         fit(toy_net(), toy_data(), epochs=1, checkpoint=tmp_path / "run.pt", **QUIET)
     assert not list(tmp_path.iterdir())
+
+
+def squared(model, xb, yb):
+    return nn.functional.mse_loss(model(xb), yb)
+
+
+def tokens_loss(model, xb, yb):
+    logits = model(xb)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), yb.flatten()), logits
+
+
+def mapped(model, xb, yb):
+    return nn.functional.cross_entropy(model(xb), yb)
+
+
+class Reads(nn.Module):
+    "A language model of one layer: the next token after each."
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 24), nn.Linear(24, 16)
+
+    def forward(self, tokens):
+        return self.head(self.embed(tokens).relu())
+
+
+def task(kind):
+    "(model, data, loss) of a task without classes: numbers, a map of classes, tokens."
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    if kind == "numbers":
+        x = torch.randn(160, 6, generator=g)
+        model, y, loss = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 2)), x[:, :2].square(), squared
+    elif kind == "maps":
+        x = torch.randn(160, 1, 6, 6, generator=g)
+        model, y = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1)), (x[:, 0] > 0).long()
+        loss = mapped
+    else:
+        x = torch.randint(16, (160, 5), generator=g)
+        model, y, loss = Reads(), (3 * x + 1) % 16, tokens_loss
+    parts = [Split(x[a:b], y[a:b]) for a, b in ((0, 100), (100, 130), (130, 160))]
+    return model, Data(kind, *parts), loss
+
+
+@pytest.mark.parametrize("kind", ["numbers", "maps", "tokens"])
+def test_tasks_without_classes_go_through_the_whole_chain(kind, tmp_path):
+    model, data, loss = task(kind)
+    before = evaluate(model, data.valid, loss=loss)
+    history = fit(model, data, loss=loss, epochs=20, lr=1e-2, batch_size=20, **QUIET)
+    after = evaluate(model, data.valid, loss=loss)
+    assert after.loss < 0.8 * before.loss and after.errors is None and np.isnan(after.accuracy)
+    assert history[-1]["valid_loss"] == pytest.approx(after.loss, rel=1e-5) and np.isnan(history[-1]["valid_accuracy"])
+    recipe = Recipe(sparsity=0.3, prune_epochs=4, share_epochs=2, batch_size=20, bits=4)
+    options = dict(loss=loss, folder=tmp_path / "run", **QUIET)
+    report = deep_compress(model, data, recipe, path=tmp_path / "a.nncomp", **options)
+    losses = [stage.valid_loss for stage in report.stages]
+    assert losses[0] == pytest.approx(after.loss, rel=1e-5) and losses[-1] < before.loss
+    assert [stage.valid_error_percent for stage in report.stages] == [None] * 4
+    again = load(tmp_path / "a.nncomp", into=copy.deepcopy(model))
+    assert evaluate(again, data.test, loss=loss) == evaluate(report.model, data.test, loss=loss)
+    files = sorted(p.name for p in (tmp_path / "run").iterdir())
+    deep_compress(model, data, recipe, path=tmp_path / "b.nncomp", **options)
+    assert (tmp_path / "b.nncomp").read_bytes() == (tmp_path / "a.nncomp").read_bytes()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == files      # resumed: nothing was begun anew
+    soft = soft_compress(model, data, SoftRecipe(epochs=2, tune_epochs=1, batch_size=20), path=tmp_path / "s.nncomp", loss=loss, **QUIET)
+    assert np.isfinite(evaluate(soft.model, data.valid, loss=loss).loss)
+    _, rounds = iterative_prune(model, data, [0.3, 0.6], epochs=2, lr=1e-3, loss=loss, batch_size=20, **QUIET)
+    assert all(np.isnan(r["accuracy"]) and np.isfinite([r["pruned_loss"], r["loss"]]).all() for r in rounds)
+    scan = sensitivity_scan(model, data, (0.0, 0.5), loss=loss)
+    assert scan["loss"].notna().all() and set(suggest_sparsities(scan, 1e9, by="loss").values()) == {0.5}
+
+
+def test_tasks_without_classes_need_a_loss(tmp_path):
+    model, data, loss = task("numbers")
+    for call in (lambda: fit(model, data, **QUIET),
+                 lambda: deep_compress(model, data, QUICK, path=tmp_path / "a.nncomp", **QUIET),
+                 lambda: soft_compress(model, data, path=tmp_path / "a.nncomp", **QUIET),
+                 lambda: iterative_prune(model, data, [0.5], **QUIET)):
+        with pytest.raises(ValueError, match="so training needs a loss"):
+            call()
+    assert not list(tmp_path.iterdir())
+    assert run_tag(model, data, QUICK, 0, loss=squared) != run_tag(model, data, QUICK, 0, loss=loss and tokens_loss)
+    assert run_tag(model, data, QUICK, 0, loss=smoothed(0.1)) != run_tag(model, data, QUICK, 0, loss=smoothed(0.2))
+
+
+@pytest.mark.parametrize("answer", [
+    lambda m, x, y: (m(x) - y).square(), lambda m, x, y: squared(m, x, y).item(), lambda m, x, y: None,
+], ids=["vector", "float", "nothing"])
+def test_a_loss_that_is_no_mean_is_named(answer):
+    model, data, _ = task("numbers")
+    for call in (lambda: fit(model, data, loss=answer, **QUIET), lambda: evaluate(model, data.valid, loss=answer)):
+        with pytest.raises(ValueError, match="the loss must return the mean over the batch"):
+            call()
+
+
+def test_classes_with_a_loss_are_judged_by_cross_entropy():
+    data = toy_data()
+    net = toy_net()
+    history = fit(net, data, epochs=1, loss=smoothed(0.5), **QUIET)
+    found = evaluate(net, data.valid)
+    assert (history[-1]["valid_loss"], history[-1]["valid_accuracy"]) == (pytest.approx(found.loss), found.accuracy)
+    alone = fit(toy_net(), data, epochs=1, loss=lambda model, xb, yb: nn.functional.cross_entropy(model(xb), yb), **QUIET)
+    assert np.isnan(alone[-1]["accuracy"]) and 0 <= alone[-1]["valid_accuracy"] <= 1      # it kept its logits to itself
+
+
+def test_recipes_by_tensor(tmp_path):
+    model, data, loss = task("numbers")
+    skipping = Recipe(sparsity=0.5, skip=("2.*",), prune_epochs=1, share_epochs=1, batch_size=20, bits=2)
+    report = deep_compress(model, data, skipping, path=tmp_path / "a.nncomp", loss=loss, **QUIET)
+    first, last = report.model[0].weight, report.model[2].weight
+    assert (int((first == 0).sum()), int((last == 0).sum())) == (96, 0) and len(first.unique()) <= 4 < len(last.unique())
+    blind = replace(skipping, prune_epochs=0, share_epochs=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        untouched = deep_compress(model, recipe=blind, path=tmp_path / "b.nncomp", device="cpu").model
+    assert torch.equal(untouched[2].weight, model[2].weight) and not torch.equal(untouched[0].weight, model[0].weight)
+    for wrong, why in ((replace(blind, skip=("x",)), "skip names 'x'"), (replace(blind, skip=("*",)), "skip leaves no weight"),
+                       (Recipe(sparsity={"0.weight": 0.5, "9.weight": 0.5}, scope="layer"), "9.weight is not a parameter"),
+                       (Recipe(sparsity={"0.weight": 0.5, "2.weight": 0.4}), "need scope='layer'"),
+                       (Recipe(bits={"9.weight": 3}), "9.weight")):
+        with pytest.raises(ValueError, match=why):
+            deep_compress(model, data, wrong, path=tmp_path / "c.nncomp", loss=loss, **QUIET)
+    assert not (tmp_path / "c.nncomp").exists()
