@@ -128,12 +128,11 @@ def source_files(
 
 
 def tensor_names(
-    path:str|Path,  # as for `read_tensors`
-) -> list[str]:     # tied ones too
-    "What the tensors of a checkpoint are called."
+    path:str|Path,  # a .safetensors file, or the .index.json of several
+) -> list[str]:
+    "What the tensors of a checkpoint are called, without reading them."
     path = Path(path)
-    if path.name.endswith(".index.json"): return list(_weight_map(path))
-    return _open_safetensors(path)[0] if path.suffix == ".safetensors" else list(_read_pickled(path))
+    return list(_weight_map(path)) if path.name.endswith(".index.json") else _open_safetensors(path)[0]
 
 
 def _read_pickled(path:Path) -> dict[str, Tensor]:
@@ -194,6 +193,16 @@ def check_output(
     return output
 
 
+def _skipping(source, skip):
+    "The tensors of a checkpoint, and the names of those to skip; where two names are one tensor, both."
+    tensors = read_tensors(source)
+    if not skip: return tensors, set()
+    if source.suffix == ".safetensors" or source.name.endswith(".index.json"): return tensors, named_by(skip, tensor_names(source))
+    tensors = list(tensors)                                            # mapped, not read
+    skipped = named_by(skip, [name for name, _ in tensors])
+    return tensors, skipped | {first for name, first in tensors if isinstance(first, str) and name in skipped}
+
+
 def _shaped(name, tensor, *, skipped, **options):
     "`shape_tensor`, but for what is skipped."
     return tensor if name in skipped else shape_tensor(name, tensor, **options)
@@ -218,8 +227,7 @@ def compress_file(
     start, source, tensors = time.perf_counter(), Path(source), None
     if not source.is_file(): raise ValueError(f"{source} is not a file")
     output = check_output(output, source_files(source), foreign=(".safetensors", ".pt", ".pth", ".bin"), force=force)
-    tensors = read_tensors(source)
-    skipped = named_by(skip, tensor_names(source)) if skip else set()
+    tensors, skipped = _skipping(source, skip)
     totals = dict(tensors=0, entries=0, source_bytes=sum(f.stat().st_size for f in source_files(source)), dense_bytes=0)
 
     def counted():

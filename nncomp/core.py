@@ -113,14 +113,15 @@ def check_int(
 def named_by(
     patterns:Iterable[str],  # names, or patterns such as "features.0.*"
     names:Iterable[str],     # what there is
-    what:str="skip",         # what to call the patterns in the message
+    what:str="skip",         # what to call the patterns in the message,
+    kind:str="tensor",       # and what the names are of
 ) -> set[str]:               # those that some pattern fits
     "The names that patterns choose; ValueError where one fits none of them."
     if isinstance(patterns, str): raise ValueError(f"{what} must be several names, such as ({patterns!r},), not one text")
     names, found = list(names), set()
     for pattern in patterns:
         fitting = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-        if not fitting: raise ValueError(f"{what} names {pattern!r}, and no tensor is called so; there are {', '.join(names[:8])}{', …' if len(names) > 8 else ''}")
+        if not fitting: raise ValueError(f"{what} names {pattern!r}, and no {kind} is called so; there are {', '.join(names[:8])}{', …' if len(names) > 8 else ''}")
         found.update(fitting)
     return found
 

@@ -112,6 +112,14 @@ class Data:
     mean: tuple[float, ...] = (0.,)   # per channel, of images in [0, 1]
     std: tuple[float, ...] = (1.,)    # per channel
 
+    def __post_init__(self):
+        parts = [p for p in (self.train, self.valid, self.test) if len(p)]
+        for what in ("x", "y"):
+            kinds = {(t.dtype, t.ndim, t.shape[1:] if t.ndim == 2 else None) for t in (getattr(p, what) for p in parts)}
+            if len(kinds) > 1:
+                found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (getattr(p, what) for p in parts))
+                raise ValueError(f"the parts of a data set must be alike, but their {what} are {found}")
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         "Shape of one example: of an image channels, height and width."

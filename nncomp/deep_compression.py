@@ -33,11 +33,11 @@ from .data import Data, load_data
 from .entropy import entropy_bits
 from .measure import compression_ratio, dense_bytes, sparsity
 from .models import create_model_for, model_input_shape
-from .pruning import apply_masks_
+from .pruning import MaskCallback, apply_masks_
 from .results import experiment
 from .schedules import Pruner, _targets, grow_masks
-from .training import _check_loss, _lasting, callable_name, evaluate, fit, judging_loss
-from .weight_sharing import _chosen, finalize_sharing, share_weights
+from .training import _check_loss, _lasting, callable_name, evaluate, fit, validate
+from .weight_sharing import _chosen, _owners, finalize_sharing, share_weights
 
 # %% ../nbs/40_deep_compression.ipynb #1ae88986
 def predict_bytes(
@@ -68,11 +68,6 @@ def _check_rates(recipe, *names) -> None:
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0: raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
 
-def _each(value, name):
-    "(value, what to call it) of a setting that is one number for all tensors or a number by name."
-    return [(v, f"{name} of {key}") for key, v in value.items()] if isinstance(value, Mapping) else [(value, name)]
-
-
 @dataclass(frozen=True)
 class Recipe:
     "What each stage does, and for how long."
@@ -82,7 +77,7 @@ class Recipe:
     prune_epochs:int = 12       # epochs of training while and after pruning
     prune_lr:float = 3e-3       # peak learning rate of these
     ramp:float = 0.6            # fraction of these epochs over which sparsity grows, in [0, 1]
-    bits:int|Mapping[str,int] = 5  # a layer keeps at most 2**bits values, zero among them; 1…16; or by parameter name, what is not named keeps its values
+    bits:int|Mapping[str,int] = 5  # a layer keeps at most 2**bits values, zero among them; 1…16; or by parameter name, what is not named is trained on
     init:str = "optimal"        # start of the k-means, see `kmeans_1d`
     share_epochs:int = 3        # epochs of training the shared values
     share_lr:float = 2e-4       # peak learning rate of these
@@ -92,17 +87,20 @@ class Recipe:
     skip:tuple[str,...] = ()    # weights neither pruned nor shared: names, or patterns such as "features.0.*"; they are trained on like biases
 
     def __post_init__(self):
+        for name, check in (("sparsity", check_fraction), ("bits", lambda v, name: check_int(v, 1, 16, name))):
+            value = getattr(self, name)
+            if isinstance(value, Mapping): object.__setattr__(self, name, {key: check(v, f"{name} of {key}") for key, v in sorted(value.items())})   # a copy, in one order
+            else: check(value, name)
+        if isinstance(self.sparsity, Mapping) and self.scope == "global" and len(set(self.sparsity.values())) > 1: raise ValueError("different sparsities by name need scope='layer'")
         for name in ("floor", "ramp"): check_fraction(getattr(self, name), name)
-        for value, name in _each(self.sparsity, "sparsity"):
-            check_fraction(value, name)
-            if value + self.floor > 1 + 1e-9: raise ValueError(f"{name} {value} leaves less than the floor of {self.floor}")
-        for value, name in _each(self.bits, "bits"): check_int(value, 1, 16, name)
+        for name, value in (self.sparsity if isinstance(self.sparsity, Mapping) else {"": self.sparsity}).items():
+            if value + self.floor > 1 + 1e-9: raise ValueError(f"sparsity {value}{name and ' of ' + name} leaves less than the floor of {self.floor}")
         for name, low in dict(batch_size=1, prune_epochs=0, share_epochs=0).items(): check_int(getattr(self, name), low, name=name)
         _check_rates(self, "prune_lr", "share_lr", "weight_decay")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not isinstance(self.skip, str): object.__setattr__(self, "skip", tuple(self.skip or ()))
         named_by(self.skip, self.skip)
-        object.__setattr__(self, "skip", tuple(self.skip))
 
     def by_tensor(self,
         model:nn.Module,  # what the recipe is for
@@ -110,8 +108,12 @@ class Recipe:
     ) -> Any:             # the number for all weights, or parameter name -> number
         "A setting as `grow_masks` and `share_weights` take it, without what is skipped; ValueError where a name or pattern fits no weight."
         value, weights = getattr(self, field), named_weights(model)
-        if not self.skip: return value
-        chosen, skipped = value if isinstance(value, Mapping) else dict.fromkeys(weights, value), named_by(self.skip, weights)
+        if not self.skip and not isinstance(value, Mapping): return value
+        first = {id(p): name for name, p in model.named_parameters()}
+        names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}   # a tied tensor has several
+        ours = [name for name, own in names.items() if own in weights]
+        skipped = {names[name] for name in named_by(self.skip, ours, kind="weight that is pruned or shared")}
+        chosen = {names.get(name, name): v for name, v in value.items()} if isinstance(value, Mapping) else {name: value for name, w in weights.items() if w.numel()}
         left = {name: v for name, v in chosen.items() if name not in skipped}
         if not left: raise ValueError(f"skip leaves no weight for {field}")
         return left
@@ -144,14 +146,14 @@ def prune_stage(
     if data is None or recipe.prune_epochs == 0: return apply_masks_(model, grow_masks(model, goal, scope=recipe.scope, floor=recipe.floor))
     pruner = Pruner(goal, scope=recipe.scope, floor=recipe.floor, begin=0., end=recipe.ramp)
     fit(model, data, epochs=recipe.prune_epochs, lr=recipe.prune_lr, batch_size=recipe.batch_size, callbacks=[pruner],
-        weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="pruning",
+        weight_decay=recipe.weight_decay, channels_last=loss is None and images_by_channel(model), title="pruning",
         loss=loss, augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
 
 # %% ../nbs/40_deep_compression.ipynb #d580a09f
 def share_stage(
     model:nn.Module,      # pruned or not; changed in place
     data:Data|None,       # trains the shared values on its training split; None = cluster only
-    recipe:Recipe,        # uses bits, init, skip, share_epochs, share_lr, weight_decay
+    recipe:Recipe,        # uses bits, init, skip, share_epochs, share_lr, weight_decay; what `sparsity` names and `bits` does not keeps its zeros
     *,
     loss:Callable|None=None,             # see `fit`; for answers that are no classes
     augment:Callable|None=None,          # changes each batch that is trained on, see `fit`
@@ -162,13 +164,16 @@ def share_stage(
     progress:bool=True,   # show a bar
 ) -> None:
     "Let each layer's weights share at most 2**bits values and train those (Han et al. 2016, §3)."
-    trainable = data is not None and recipe.share_epochs > 0
-    generator = torch.Generator().manual_seed(seed)
-    share_weights(model, recipe.by_tensor(model, "bits"), init=recipe.init, keep_zero=True, generator=generator, trainable=trainable, moving=moving and trainable)
+    trainable, chosen = data is not None and recipe.share_epochs > 0, recipe.by_tensor(model, "bits")
+    generator, held = torch.Generator().manual_seed(seed), {}
+    if trainable and isinstance(chosen, Mapping):                              # what was pruned and is trained without a codebook keeps its zeros
+        pruned = _targets(model, recipe.by_tensor(model, "sparsity"), recipe.scope, recipe.floor)
+        held = {name: model.get_parameter(name).detach() != 0 for name in pruned if name not in chosen}
+    share_weights(model, chosen, init=recipe.init, keep_zero=True, generator=generator, trainable=trainable, moving=moving and trainable)
     if trainable:
         fit(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, batch_size=recipe.batch_size,
-            weight_decay=recipe.weight_decay, channels_last=images_by_channel(model), title="sharing",
-            loss=loss, augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+            weight_decay=recipe.weight_decay, channels_last=loss is None and images_by_channel(model), title="sharing",
+            loss=loss, callbacks=[MaskCallback(held)] if held else [], augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
         finalize_sharing(model)
 
 # %% ../nbs/40_deep_compression.ipynb #530a25bf
@@ -177,8 +182,8 @@ class Stage:
     "What the model is after one stage."
     name:str                        # "dense", "pruned", "shared" or "coded"
     valid_error_percent:float|None  # on the validation split; None without data, or where the answers are no classes
-    sparsity:float                  # zeros among the weights (rank two or more), in [0, 1]
-    distinct:int                    # most distinct values in a weight tensor, to the bit
+    sparsity:float                  # zeros among all weights (rank two or more), in [0, 1]
+    distinct:int                    # most distinct values in a weight tensor that is to be shared, to the bit
     predicted_bytes:int             # see `predict_bytes`
     file_bytes:int                  # size of the file that `save` writes at this point
     seconds:float                   # wall time of the stage
@@ -211,7 +216,7 @@ def run_tag(
     augment:Callable|None=None,  # what changes each batch, see `fit`
     loss:Callable|None=None,     # see `fit`
 ) -> str:               # ten hexadecimal digits
-    "A name for one run: it changes with the model's layers, weights and what of them is frozen, with data, recipe, seed, augmentation and loss, so that no run resumes another's."
+    "A name for one run, of which `callable_name` says how functions are told apart: it changes with the model's layers, weights and what of them is frozen, with data, recipe, seed, augmentation and loss, so that no run resumes another's."
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     about = type(model).__qualname__, _lasting(model), frozen
     digest = hashlib.sha256(repr((about, recipe, seed, *(callable_name(f) for f in (augment, loss) if f))).encode())
@@ -223,13 +228,15 @@ def run_tag(
 def _measured(name, model, data, recipe, device, seconds, loss) -> Stage:
     "The row of one stage: the model saved to a temporary file and, with data, evaluated on the validation split."
     state = model.state_dict()
-    weights = [w.detach() for w in named_weights(model).values()]
+    weights = {name: w.detach() for name, w in named_weights(model).items()}
+    bits = recipe.by_tensor(model, "bits")
+    shared = [weights[name] for name in bits if name in weights] if isinstance(bits, Mapping) else weights.values()
     with tempfile.TemporaryDirectory() as folder:
         save(state, Path(folder) / "stage.nncomp", coder=recipe.coder)
         size = (Path(folder) / "stage.nncomp").stat().st_size
-    found = evaluate(model, data.valid, loss=judging_loss(data, loss), device=device) if data is not None and len(data.valid) else None
+    found = validate(model, data, loss=loss, batch_size=recipe.batch_size, device=device) if data is not None and len(data.valid) else None
     error = None if found is None or found.errors is None else found.error_percent
-    return Stage(name, error, sparsity(weights), max(np.unique(bit_patterns(w)).size for w in weights),
+    return Stage(name, error, sparsity(weights.values()), max((np.unique(bit_patterns(w)).size for w in shared), default=0),
                  predict_bytes(state), size, seconds, found and found.loss)
 
 
@@ -253,7 +260,7 @@ def deep_compress(
     *,
     path:str|Path,                # the file to write
     folder:str|Path|None=None,    # keeps each stage's state and the checkpoints, so that a run can be resumed
-    loss:Callable|None=None,      # what both training stages lower, see `fit`; needed where the answers are no classes
+    loss:Callable|None=None,      # what both training stages lower, see `fit`; needed where the answers are no classes; with it, images keep their memory layout
     augment:Callable|None=None,   # changes each batch that is trained on, see `fit`
     seed:int=0,                   # order of the images, and random starts of k-means
     device:str|torch.device|None=None,  # None = the fastest
@@ -293,10 +300,11 @@ def _check(model, data, recipe, path, loss) -> None:
     _check_task(model, data, loss)
     if any(parametrize.is_parametrized(m) for m in model.modules()): raise ValueError("the model has parametrized tensors; make them plain first")
     if not named_weights(model): raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
-    _targets(model, recipe.by_tensor(model, "sparsity"), recipe.scope, recipe.floor), _chosen(model, recipe.by_tensor(model, "bits"), False)
+    _targets(model, recipe.by_tensor(model, "sparsity"), recipe.scope, recipe.floor)
+    shared = [p for p, _ in _chosen(model, recipe.by_tensor(model, "bits"), False).values()]
     if data is None: warnings.warn("no data was given: nothing is retrained, which costs accuracy", stacklevel=3)
-    elif recipe.share_epochs and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-        raise ValueError("a recurrent layer cannot train shared values; use a recipe with share_epochs=0")
+    elif recipe.share_epochs and any(isinstance(m, nn.RNNBase) for p in shared for m, _ in _owners(model, p)):
+        raise ValueError("a recurrent layer cannot train shared values; use a recipe with share_epochs=0, or skip the layer")
 
 
 def _coded(model, path, recipe, before) -> Stage:

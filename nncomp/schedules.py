@@ -29,7 +29,7 @@ from .data import Batches, Data, Split, load_data, random_affine
 from .models import create_model_for, mlp, model_input_shape
 from .pruning import MaskCallback, _fitting, _fraction, _inputs, _once, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
 from .results import experiment
-from .training import Callback, Run, _check_loss, evaluate, fit, judging_loss
+from .training import Callback, Run, _check_loss, evaluate, fit, validate
 
 # %% ../nbs/11_schedules.ipynb #f71a7227
 def cubic_sparsity(
@@ -201,7 +201,7 @@ def _check_steps(model: nn.Module, steps: Sequence, scope: str, floor: float) ->
 # %% ../nbs/11_schedules.ipynb #480e8a13
 def iterative_prune(
     model:nn.Module,  # trained; changed in place
-    data,             # `data.Data`; its validation part is measured
+    data,             # `data.Data`; its validation part is measured, where it is not empty
     steps:Sequence[float|Mapping[str,float]],  # sparsity after each round, never falling, in [0, 1), of all weight tensors or by name
     *,
     scope:str="layer",       # as in `grow_masks`
@@ -228,7 +228,7 @@ def iterative_prune(
     "Prune, retrain, and repeat (Han et al. 2015, sec. 3.4); ValueError before the first round where a step falls or does not fit."
     _check_steps(model, steps, scope, floor)
     _check_loss(data, loss)
-    judge = lambda: evaluate(model, data.valid, loss=judging_loss(data, loss), device=device)
+    judge = lambda: validate(model, data, loss=loss, batch_size=batch_size, device=device)
     masks, rounds, folder = {}, [], None if checkpoint is None else Path(checkpoint)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
     rules = [DropoutRule()] if dropout_rule else []
@@ -295,7 +295,7 @@ def suggest_sparsities(
     if by not in ("accuracy", "loss"): raise ValueError(f"by must be 'accuracy' or 'loss', got {by!r}")
     if by == "accuracy": check_fraction(tolerance, "tolerance")
     elif not 0 <= tolerance < math.inf: raise ValueError(f"tolerance must be a finite number of at least 0, got {tolerance}")
-    if scan[by].isna().any(): raise ValueError(f"the scan has no {by} in some rows; where the answers are no classes, look at the loss: by='loss'")
+    if scan[by].isna().any(): raise ValueError(f"the scan has no {by} in some rows" + ("; where the answers are no classes, look at the loss: by='loss'" if by == "accuracy" else ""))
     targets = {}
     for name, rows in scan.sort_values("sparsity", kind="stable").groupby("layer", sort=False):
         if rows["sparsity"].iloc[0] != 0: raise ValueError(f"the scan of {name} begins at sparsity {rows['sparsity'].iloc[0]:g}; it needs a row at 0, to compare with")

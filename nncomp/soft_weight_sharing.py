@@ -33,7 +33,7 @@ from .deep_compression import Recipe, _check_rates, _check_task, images_by_chann
 from .measure import compression_ratio, dense_bytes, sparsity, time_call
 from .models import create_model, create_model_for, load_data_for
 from .results import difference, experiment, load_records, mean_sd
-from .training import Callback, Run, callable_name, evaluate, fit, judging_loss
+from .training import Callback, Run, callable_name, evaluate, fit, validate
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #b20cad7f
 class Mixture(NamedTuple):
@@ -483,7 +483,7 @@ def soft_stage(
     "Train a network under the prior (@eq-soft-loss), all of its weights and the mixture together."
     training = TrainPrior(recipe.prior(model), recipe.tau, warmup=recipe.warmup, lr_means=recipe.lr_means, lr_log_vars=recipe.lr_log_vars, lr_mixing=recipe.lr_mixing)
     fit(model, data, epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, loss=loss, augment=augment, callbacks=[training], seed=seed, device=device,
-        channels_last=images_by_channel(model), checkpoint=checkpoint, progress=progress, title="soft sharing")
+        channels_last=loss is None and images_by_channel(model), checkpoint=checkpoint, progress=progress, title="soft sharing")
     return training
 
 
@@ -552,7 +552,7 @@ def soft_compress(
     counts = soft_quantize_(quantized, mixture, biases=recipe.biases)
     tuned = copy.deepcopy(quantized)
     tune_values(tuned, data, recipe, checkpoint=kept("tuned"), **options)
-    judge = lambda net: evaluate(net, data.valid, loss=judging_loss(data, loss)).loss
+    judge = lambda net: validate(net, data, loss=loss, batch_size=recipe.batch_size).loss
     if len(data.valid) and judge(tuned) > judge(quantized): tuned = copy.deepcopy(quantized)
     with atomic_path(path) as part: save(tuned, part)
     return SoftReport(soft, quantized, load(path, into=tuned, max_expansion=TRUSTED), mixture, tuple(counts.tolist()), path, path.stat().st_size, dense_bytes(tuned))

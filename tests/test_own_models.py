@@ -21,7 +21,7 @@ from nncomp.pruning import magnitude_mask
 from nncomp.schedules import Pruner, iterative_prune, sensitivity_scan, suggest_sparsities
 from nncomp.soft_weight_sharing import SoftRecipe, soft_compress
 from nncomp.squeezenet import fold_batch_norm
-from nncomp.training import callable_name, evaluate, fit
+from nncomp.training import callable_name, evaluate, fit, validate
 
 QUIET = {"progress": False, "device": "cpu"}
 QUICK = Recipe(prune_epochs=1, share_epochs=1, batch_size=32)
@@ -412,8 +412,143 @@ def test_recipes_by_tensor(tmp_path):
     assert torch.equal(untouched[2].weight, model[2].weight) and not torch.equal(untouched[0].weight, model[0].weight)
     for wrong, why in ((replace(blind, skip=("x",)), "skip names 'x'"), (replace(blind, skip=("*",)), "skip leaves no weight"),
                        (Recipe(sparsity={"0.weight": 0.5, "9.weight": 0.5}, scope="layer"), "9.weight is not a parameter"),
-                       (Recipe(sparsity={"0.weight": 0.5, "2.weight": 0.4}), "need scope='layer'"),
                        (Recipe(bits={"9.weight": 3}), "9.weight")):
         with pytest.raises(ValueError, match=why):
             deep_compress(model, data, wrong, path=tmp_path / "c.nncomp", loss=loss, **QUIET)
     assert not (tmp_path / "c.nncomp").exists()
+
+
+def test_what_is_pruned_and_not_shared_keeps_its_zeros(tmp_path):
+    model, data, loss = task("numbers")
+    for recipe in (Recipe(sparsity={"0.weight": 0.8}, bits={"2.weight": 4}, scope="layer"), Recipe(sparsity=0.8, bits={"2.weight": 4})):
+        short = replace(recipe, prune_epochs=2, share_epochs=2, batch_size=20)
+        report = deep_compress(model, data, short, path=tmp_path / "a.nncomp", loss=loss, **QUIET)
+        pruned, shared = report.stages[1:3]
+        assert shared.sparsity >= pruned.sparsity > 0.5
+        assert len(report.model[0].weight.unique()) > 20
+
+
+def test_skipping_sees_through_tied_names():
+    model = Reads()
+    model.tied = nn.Linear(24, 16, bias=False)
+    model.tied.weight = model.embed.weight
+    assert Recipe(skip=("tied.*",)).by_tensor(model, "bits") == {"head.weight": 5}
+    assert Recipe(skip=("embed.*",), bits={"tied.weight": 3, "head.weight": 4}).by_tensor(model, "bits") == {"head.weight": 4}
+    assert Recipe(bits={"tied.weight": 3}).by_tensor(model, "bits") == {"embed.weight": 3}
+    model.empty = nn.Parameter(torch.empty(0, 4))
+    assert "empty" not in Recipe(skip=("head.*",)).by_tensor(model, "sparsity")
+    chosen = {"head.weight": np.float64(0.5)}
+    recipe = Recipe(sparsity=chosen)
+    chosen["head.weight"] = 7
+    assert recipe.sparsity == {"head.weight": 0.5} and type(recipe.sparsity["head.weight"]) is float
+    assert repr(Recipe(bits={"a": 1, "b": 2})) == repr(Recipe(bits={"b": 2, "a": 1}))
+
+
+def test_a_recurrent_layer_may_be_skipped(tmp_path):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.out(self.rnn(x[:, None])[0][:, -1])
+
+    _, data, loss = task("numbers")
+    recipe = Recipe(sparsity=0.5, prune_epochs=1, share_epochs=1, batch_size=20)
+    with pytest.raises(ValueError, match="a recurrent layer cannot train shared values"):
+        deep_compress(Recurrent(), data, recipe, path=tmp_path / "a.nncomp", loss=loss, **QUIET)
+    deep_compress(Recurrent(), data, replace(recipe, skip=("rnn.*",)), path=tmp_path / "a.nncomp", loss=loss, **QUIET)
+
+
+class Counts:
+    "A loss that remembers how often it was called, and lowers another loss than it seems to."
+
+    def __init__(self, power):
+        self.power, self._steps = power, 0
+
+    def __call__(self, model, xb, yb):
+        self._steps += 1
+        return (model(xb) - yb).abs().pow(self.power).mean()
+
+
+FACTOR = 2.0
+
+
+def test_runs_with_other_losses_do_not_resume_each_other(tmp_path):
+    model, data, _ = task("numbers")
+    pairs = [(lambda m, x, y: nn.functional.mse_loss(m(x), y), lambda m, x, y: nn.functional.l1_loss(m(x), y)), (Counts(1), Counts(2))]
+    for a, b in pairs:
+        assert callable_name(a) != callable_name(b) and run_tag(model, data, QUICK, 0, loss=a) != run_tag(model, data, QUICK, 0, loss=b)
+
+    def scaled_by_global(m, x, y):
+        return FACTOR * squared(m, x, y)
+
+    name = callable_name(scaled_by_global)
+    globals()["FACTOR"] = 3.0
+    assert callable_name(scaled_by_global) != name
+    spaces = [{}, {}]
+    for space, body in zip(spaces, ("m(x) - y", "m(x) + y")):
+        exec(f"def mine(m, x, y): return ({body}).square().mean()", space)
+    assert callable_name(spaces[0]["mine"]) != callable_name(spaces[1]["mine"])
+    remembers = Counts(2)
+    fit(copy.deepcopy(model), data, epochs=1, loss=remembers, checkpoint=tmp_path / "a.pt", **QUIET)
+    assert remembers._steps > 0
+    fit(copy.deepcopy(model), data, epochs=1, loss=Counts(2), checkpoint=tmp_path / "a.pt", **QUIET)
+
+
+def test_nothing_is_counted_where_there_are_no_classes(tmp_path):
+    "One output, integers to hit: a shape that looks like logits."
+    x = torch.randn(120, 6)
+    y = (x[:, 0] > 0).long()
+    data = Data("scores", *(Split(x[i:j], y[i:j]) for i, j in ((0, 80), (80, 100), (100, 120))))
+
+    def binary(model, xb, yb):
+        return nn.functional.binary_cross_entropy_with_logits((out := model(xb))[:, 0], yb.float()), out
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+    history = fit(model, data, epochs=2, loss=binary, batch_size=20, **QUIET)
+    assert np.isnan([history[-1]["accuracy"], history[-1]["valid_accuracy"]]).all()
+    report = deep_compress(model, data, QUICK, path=tmp_path / "a.nncomp", loss=binary, **QUIET)
+    assert [s.valid_error_percent for s in report.stages] == [None] * 4
+    with pytest.raises(ValueError, match="or, if they are classes, num_classes in the `Data`"):
+        fit(model, data, **QUIET)
+
+
+def test_what_cannot_be_judged_fails_before_the_first_step():
+    steps = []
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            steps.append(self.training)
+            return {"logits": super().forward(x)}
+
+    x, y = torch.randn(90, 6), torch.randint(2, (90,))
+    data = Data("two", *(Split(x[i:j], y[i:j]) for i, j in ((0, 50), (50, 70), (70, 90))), 2)
+    with pytest.raises(ValueError, match="got a dict; wrap it"):
+        fit(Model(6, 2), data, loss=lambda m, x, y: nn.functional.cross_entropy(m(x)["logits"], y), **QUIET)
+    assert steps == [False]
+    with pytest.raises(ValueError, match="parameters of its own"):
+        fit(Model(6, 2), data, loss=nn.Sequential(nn.Linear(2, 2)), **QUIET)
+    with pytest.raises(ValueError, match="wrap it: loss="):
+        fit(Model(6, 2), data, loss=nn.functional.mse_loss, **QUIET)
+    whole = Split(x, y.to(torch.int32))
+    fit(nn.Linear(6, 2), Data("two", whole, whole, whole, 2), epochs=1, **QUIET)                         # other integers are classes too
+
+
+def test_validation_goes_in_batches_of_the_training_and_draws_the_same():
+    _, data, _ = task("numbers")
+    sizes = []
+
+    def noisy(model, xb, yb):
+        sizes.append(len(xb))
+        return squared(model, xb + torch.randn_like(xb), yb)
+
+    model = nn.Linear(6, 2)
+    fit(model, data, epochs=1, loss=noisy, batch_size=25, **QUIET)
+    assert max(sizes) == 25
+    state = torch.get_rng_state()
+    assert validate(model, data, loss=noisy) == validate(model, data, loss=noisy)
+    assert torch.equal(state, torch.get_rng_state())
+    none = Split(data.valid.x[:0], data.valid.y[:0])
+    rounds = iterative_prune(model, replace(data, valid=none), [0.5], epochs=1, loss=squared, **QUIET)[1]
+    assert np.isnan(rounds[0]["loss"])

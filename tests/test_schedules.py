@@ -227,7 +227,7 @@ def test_bad_pruners():
             Pruner(**bad)
     for bad, text in ((Pruner(1.0), "nothing at all"), (Pruner(0.9995), "floor"),
                       (Pruner({"x": 0.5}), "x is not a parameter"), (Pruner({}), "nothing to prune"), (Pruner(0.5, scope="row"), "scope"),
-                      (Pruner({"0.weight": 0.5}, scope="global"), "scope='layer'")):
+                      (Pruner({"0.weight": 0.5, "4.weight": 0.4}, scope="global"), "scope='layer'")):
         net = toy_net()
         before = copy.deepcopy(net.state_dict())
         with pytest.raises(ValueError, match=text):

@@ -136,7 +136,7 @@ def test_evaluate_puts_modes_back_after_an_error():
 
 def test_metrics():
     assert Metrics(10_000, 0.1, 0.9859, 141).error_percent == 1.41
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="no examples"):
         evaluate(nn.Flatten(), [])
 
 
