@@ -602,10 +602,10 @@ def main(
     argv:list[str]|None=None,  # None = sys.argv[1:]
 ) -> int:                      # 0; 1 where verify finds a difference; 2 on bad input; 130 when interrupted
     "Run one command. Bad input is one line on standard error, and nothing is written."
-    args = parser().parse_args(argv)
+    args, before = parser().parse_args(argv), {}
     with contextlib.suppress(ValueError):                                   # not in the main thread
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name): signal.signal(getattr(signal, name), signal.default_int_handler)
+            if hasattr(signal, name): before[name] = signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -619,3 +619,6 @@ def main(
     except KeyboardInterrupt as stop:
         print(f"nncomp: interrupted {_printable(str(stop))}".strip(), file=sys.stderr)
         return 130
+    finally:                                                                # whoever called from a program of their own gets theirs back
+        for name, handler in before.items():
+            if handler is not None: signal.signal(getattr(signal, name), handler)

@@ -77,14 +77,14 @@ class Recipe:
     prune_epochs:int = 12       # epochs of training while and after pruning
     prune_lr:float = 3e-3       # peak learning rate of these
     ramp:float = 0.6            # fraction of these epochs over which sparsity grows, in [0, 1]
-    bits:int|Mapping[str,int] = 5  # a layer keeps at most 2**bits values, zero among them; 1…16; or by parameter name, what is not named is trained on
+    bits:int|Mapping[str,int] = 5  # a layer keeps at most 2**bits values, zero among them; 1…16; or by parameter name, what is not named keeps training unshared
     init:str = "optimal"        # start of the k-means, see `kmeans_1d`
     share_epochs:int = 3        # epochs of training the shared values
     share_lr:float = 2e-4       # peak learning rate of these
     batch_size:int = 128        # images a step, in both
     weight_decay:float = 0.     # of the optimizer, in both (the L2 penalty of Han et al. 2015, *Learning both Weights and Connections*), at least 0
     coder:str = "huffman"       # "huffman" = Han's chain; "best" = whatever is smallest
-    skip:tuple[str,...] = ()    # weights neither pruned nor shared: names, or patterns such as "features.0.*"; they are trained on like biases
+    skip:tuple[str,...] = ()    # weights neither pruned nor shared: names, or patterns such as "features.0.*"; they keep training, as biases do
 
     def __post_init__(self):
         for name, check in (("sparsity", check_fraction), ("bits", lambda v, name: check_int(v, 1, 16, name))):

@@ -78,7 +78,7 @@ class Metrics:
     "What a network achieves on a set of examples."
     n: int            # examples
     loss: float       # mean cross entropy, nats; or the mean of the loss that was given
-    accuracy: float   # fraction in [0, 1]; NaN where a loss was given
+    accuracy: float = field(compare=False)  # fraction in [0, 1]; NaN where a loss was given
     errors: int|None  # examples classified wrongly; None where a loss was given
 
     @property
@@ -411,7 +411,7 @@ def _told(value, depth:int=3) -> str:
 
 
 _LIBRARIES = "nncomp", "torch", "torchvision"        # their functions are known by name
-_PLAIN = bool | int | float | complex | str | Tensor | np.ndarray | functools.partial | nn.Module
+_PLAIN = bool | int | float | complex | str | list | tuple | Mapping | Tensor | np.ndarray | functools.partial | nn.Module
 
 
 def _body(f, depth:int) -> list[str]:

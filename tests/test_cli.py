@@ -335,3 +335,13 @@ def test_verify_the_shipped_files(mnist_root, monkeypatch):
     monkeypatch.setenv("NNCOMP_DATA", str(mnist_root))
     rows = verify("mnist")
     assert rows and all(row["ok"] for row in rows), rows
+
+
+def test_a_program_that_calls_main_keeps_its_signal_handlers(tmp_path, capsys):
+    save({"w": torch.ones(3)}, tmp_path / "a.nncomp")
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    from nncomp.cli import main
+
+    for argv, code in ((["inspect", str(tmp_path / "a.nncomp")], 0), (["inspect", str(tmp_path / "none")], 2)):
+        assert main(argv) == code
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
