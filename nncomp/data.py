@@ -115,7 +115,7 @@ class Data:
     def __post_init__(self):
         parts = [p for p in (self.train, self.valid, self.test) if len(p)]
         for what in ("x", "y"):
-            kinds = {(t.dtype, t.ndim, t.shape[1:] if t.ndim == 2 else None) for t in (getattr(p, what) for p in parts)}
+            kinds = {(t.is_floating_point(), t.ndim, t.shape[1:] if t.ndim == 2 else None) for t in (getattr(p, what) for p in parts)}
             if len(kinds) > 1:
                 found = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (getattr(p, what) for p in parts))
                 raise ValueError(f"the parts of a data set must be alike, but their {what} are {found}")
