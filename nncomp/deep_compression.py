@@ -166,9 +166,9 @@ def share_stage(
     "Let each layer's weights share at most 2**bits values and train those (Han et al. 2016, §3)."
     trainable, chosen = data is not None and recipe.share_epochs > 0, recipe.by_tensor(model, "bits")
     generator, held = torch.Generator().manual_seed(seed), {}
-    if trainable and isinstance(chosen, Mapping):                              # what was pruned and is trained without a codebook keeps its zeros
-        pruned = _targets(model, recipe.by_tensor(model, "sparsity"), recipe.scope, recipe.floor)
-        held = {name: model.get_parameter(name).detach() != 0 for name in pruned if name not in chosen}
+    if trainable:                                                              # what was pruned and is trained without a codebook, a bias perhaps, keeps its zeros
+        pruned, shared = recipe.by_tensor(model, "sparsity"), chosen if isinstance(chosen, Mapping) else named_weights(model)
+        held = {name: model.get_parameter(name).detach() != 0 for name in (pruned if isinstance(pruned, Mapping) else named_weights(model)) if name not in shared}
     share_weights(model, chosen, init=recipe.init, keep_zero=True, generator=generator, trainable=trainable, moving=moving and trainable)
     if trainable:
         fit(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, batch_size=recipe.batch_size,

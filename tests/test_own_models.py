@@ -426,6 +426,9 @@ def test_what_is_pruned_and_not_shared_keeps_its_zeros(tmp_path):
         pruned, shared = report.stages[1:3]
         assert shared.sparsity >= pruned.sparsity > 0.5
         assert len(report.model[0].weight.unique()) > 20
+    biased = Recipe(sparsity={"0.weight": 0.8, "0.bias": 0.5}, scope="layer", prune_epochs=2, share_epochs=2, batch_size=20)
+    report = deep_compress(model, data, biased, path=tmp_path / "b.nncomp", loss=loss, **QUIET)
+    assert int((report.model[0].bias == 0).sum()) == 16                    # a bias is pruned, and has no codebook
 
 
 def test_skipping_sees_through_tied_names():
