@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
 from .core import BitstreamError, check_int, compiled
 from .entropy import counts, read_varint, write_varint
@@ -381,20 +382,20 @@ def _table_serves(symbols:np.ndarray, some:np.ndarray, k:int, trial:int) -> bool
     return tally @ bits / 8 + k * some.size / symbols.size <= trial
 
 
-def _as_symbols(symbols:np.ndarray) -> np.ndarray:
+def _as_symbols(symbols:np.ndarray|Tensor) -> np.ndarray:
     "An array of uint8 or uint16 in this machine's order of bytes."
-    symbols = np.asarray(symbols)
+    symbols = symbols.detach().cpu().numpy() if isinstance(symbols, Tensor) else np.asarray(symbols)
     if symbols.dtype.kind != "u" or symbols.itemsize > 2: raise ValueError(f"symbols must be uint8 or uint16, got {symbols.dtype}")
     return symbols.astype(symbols.dtype.newbyteorder("="), copy=False)
 
 
 def encode_indices(
-    symbols:np.ndarray,     # (n,), uint8 or uint16, each below `k`
-    k:int,                  # values in the codebook, 1 to 65,536
+    symbols:np.ndarray|Tensor,  # (n,), uint8 or uint16, each below `k`; on any device
+    k:int,                      # values in the codebook, 1 to 65,536
     *,
-    shape:tuple[int, ...],  # of the tensor, with n entries; the first axis are rows
-    zero:int=-1,            # which symbol means zero; -1 = none
-) -> bytes:                 # one byte for the way, and the message; n, k, shape and zero are not in it
+    shape:tuple[int, ...],      # of the tensor, with n entries; the first axis are rows
+    zero:int=-1,                # which symbol means zero; -1 = none
+) -> bytes:                     # one byte for the way, and the message; n, k, shape and zero are not in it
     "Write the indices of a codebook with an adaptive context-mixing range coder; errors are `ValueError`."
     symbols = _as_symbols(symbols)
     _check_plane(symbols.size, k, shape, zero)
@@ -438,10 +439,10 @@ def decode_indices(
 
 # %% ../nbs/32_arithmetic.ipynb #191d0352
 def encode(
-    symbols:np.ndarray,    # uint8 or uint16, any shape; the shape is used for contexts
+    symbols:np.ndarray|Tensor,  # uint8 or uint16, any shape; the shape is used for contexts
     *,
-    zero:int|None=None,    # the symbol that is coded by one flag; None = the most frequent
-) -> bytes:                # self-contained
+    zero:int|None=None,         # the symbol that is coded by one flag; None = the most frequent
+) -> bytes:                     # self-contained
     "Write symbols with `encode_indices`, with a header of a few bytes."
     symbols = _as_symbols(symbols)
     if symbols.ndim > 8: raise ValueError(f"symbols must have at most eight dimensions, got {symbols.ndim}; reshape them")

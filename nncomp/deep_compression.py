@@ -193,7 +193,7 @@ class Stage:
 @dataclass(frozen=True)
 class Report:
     "What `deep_compress` did: the compressed model, a row for each stage, and the file's ledger."
-    model:nn.Module = field(repr=False)    # the compressed model in evaluation mode, equal to the file's content bit for bit
+    model:nn.Module = field(repr=False)    # the compressed model in evaluation mode, on the CPU, equal to the file's content bit for bit
     stages:tuple[Stage, ...]
     path:Path                              # the file
     dense_bytes:int                        # float32 bytes of the model

@@ -361,7 +361,7 @@ def class_recall(
     label:int,       # the class
 ) -> float:          # in [0, 1]
     "The fraction of a class's images that get its label; ValueError where it has none."
-    of = labels == label
+    of = labels.to(logits.device) == label
     if not of.any(): raise ValueError(f"no image has the label {label}")
     return float((logits[of].argmax(1) == label).double().mean())
 
@@ -377,7 +377,7 @@ def expected_calibration_error(
         raise ValueError(f"logits must be (n, classes) and labels (n,), n at least 1, got {tuple(logits.shape)} and {tuple(labels.shape)}")
     confidence, answer = logits.double().softmax(1).max(1)
     place = (confidence * check_int(bins, 1, name="bins")).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, place, (answer == labels).double() - confidence)
+    gap = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, place, (answer == labels.to(answer)).double() - confidence)
     return float(gap.abs().sum()) / len(labels)
 
 # %% ../nbs/60_distillation.ipynb #8e3f4692

@@ -510,7 +510,7 @@ def tune_values(
 # %% ../nbs/70_soft_weight_sharing.ipynb #8d1a5cc0
 @dataclass(frozen=True)
 class SoftReport:
-    "What `soft_compress` did."
+    "What `soft_compress` did; its networks and the mixture are on the CPU."
     soft:nn.Module = field(repr=False)       # trained under the prior
     quantized:nn.Module = field(repr=False)  # each weight at its component's mean
     model:nn.Module = field(repr=False)      # its values tuned, if that helped; as loaded from the file
@@ -555,7 +555,8 @@ def soft_compress(
     judge = lambda net: validate(net, data, loss=loss, batch_size=recipe.batch_size).loss
     if len(data.valid) and judge(tuned) > judge(quantized): tuned = copy.deepcopy(quantized)
     with atomic_path(path) as part: save(tuned, part)
-    return SoftReport(soft, quantized, load(path, into=tuned, max_expansion=TRUSTED), mixture, tuple(counts.tolist()), path, path.stat().st_size, dense_bytes(tuned))
+    mixture = Mixture(*(t.cpu() for t in mixture))
+    return SoftReport(soft.cpu(), quantized.cpu(), load(path, into=tuned.cpu(), max_expansion=TRUSTED), mixture, tuple(counts.tolist()), path, path.stat().st_size, dense_bytes(tuned))
 
 # %% ../nbs/70_soft_weight_sharing.ipynb #999f2684
 @dataclass(frozen=True)

@@ -324,7 +324,7 @@ def _watched(model, layer, images):
     seen = []
     hook = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     try:
-        with evaluating(model): model(images)
+        with evaluating(model): model(images.to(layer.weight.device))
     finally: hook.remove()
     if not seen: raise ValueError("a convolution is not used when the model sees images; name it in keep")
     return seen[0]
