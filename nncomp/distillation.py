@@ -33,7 +33,7 @@ from .container import load, save
 from .core import check_finite, check_fraction, check_int, checksum, default_device, evaluating, remembered, require, seed_everything
 from .data import Data, Split, random_affine, random_crop_flip
 from .deep_compression import Recipe, _resumable, absorb_batch_norm, deep_compress, images_by_channel
-from .models import create_model_for, load_data_for, mlp, model_names, register_model
+from .models import VGG_PLANS, create_model_for, load_data_for, mlp, model_names, register_model, vgg
 from .results import Record, config_id, difference, experiment, find_experiment, load_records, paired_interval, spread
 from .training import Callback, Run, _device_of, _logits, callable_name, evaluate, fit
 
@@ -662,13 +662,17 @@ def distilled_mlp_200(config:SoftTargetRun, seed:int, folder:Path) -> dict:
     return run_soft_targets(config, seed, folder)
 
 # %% ../nbs/60_distillation.ipynb #6e4df665
+for _name, _plan in VGG_PLANS.items():
+    if f"{_name}-quarter" not in model_names(): register_model(f"{_name}-quarter", functools.partial(vgg, plan=tuple(s if s == "M" else s // 4 for s in _plan)), (3, 32, 32))
+
+
 @dataclass(frozen=True)
 class Report001:
-    "The setting of report 001, shortened: no augmentation, Adam, steps, temperatures with and without T²."
+    "The setting of report 001, narrowed and shortened: no augmentation, Adam, steps, temperatures with and without T²."
     dataset:str = "cifar10"
-    teacher:Course = Course("vgg13", epochs=6, lr=1e-2, drops=(25 / 120, 70 / 120, 105 / 120))
-    student:Course = Course("minivgg", epochs=6, lr=1e-2, drops=(25 / 75, 70 / 75))
-    temperatures:tuple[float, ...] = (5., 15.)
+    teacher:Course = Course("vgg13-quarter", epochs=18, lr=1e-2, drops=(25 / 120, 70 / 120, 105 / 120))
+    student:Course = Course("minivgg-quarter", epochs=15, lr=1e-2, drops=(25 / 75, 70 / 75))
+    temperatures:tuple[float, ...] = (5., 10., 15., 20.)
     alpha:float = 0.8
 
 # %% ../nbs/60_distillation.ipynb #1dcabf11
@@ -698,7 +702,7 @@ def run_report001(
 # %% ../nbs/60_distillation.ipynb #e70d07ad
 @experiment("report001-distillation")
 def report001_distillation(config:Report001, seed:int, folder:Path) -> dict:
-    "Report 001's distillation. `nncomp reproduce report001-distillation --seeds 3`; about an hour for the teacher and 45 minutes for each seed on two CPU cores."
+    "Report 001's distillation. `nncomp reproduce report001-distillation --seeds 3`; about half an hour for the teacher and as long for each seed on one CPU core."
     return run_report001(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/60_distillation.ipynb #ac2b03bc
@@ -706,8 +710,8 @@ def report001_distillation(config:Report001, seed:int, folder:Path) -> dict:
 class Chains:
     "The same student at the end of chains of teachers, each link trained alike."
     dataset:str = "cifar10"
-    course:Course = Course("minivgg", epochs=6, lr=0.05, optimizer="sgd", weight_decay=5e-4)  # of every link; its model is the student
-    chains:tuple[tuple[str, ...], ...] = ((), ("vgg13",), ("vgg16", "vgg13", "vgg11"), ("vgg19", "vgg16", "vgg13", "vgg11"))
+    course:Course = Course("minivgg-quarter", epochs=6, lr=0.05, optimizer="sgd", weight_decay=5e-4)  # of every link; its model is the student
+    chains:tuple[tuple[str, ...], ...] = tuple(tuple(f"vgg{depth}-quarter" for depth in chain) for chain in ((), (13,), (16, 13, 11), (19, 16, 13, 11)))
     temperature:float = 10.
     alpha:float = 0.8
 
@@ -736,7 +740,7 @@ def run_chains(
 # %% ../nbs/60_distillation.ipynb #53c5c47e
 @experiment("assistant-chains")
 def assistant_chains(config:Chains, seed:int, folder:Path) -> dict:
-    "VGGs teach VGGs teach MiniVGG. `nncomp reproduce assistant-chains --seeds 3`; about four hours a seed on two CPU cores."
+    "VGGs teach VGGs teach MiniVGG, all in a quarter of their width. `nncomp reproduce assistant-chains --seeds 3`; about 75 minutes a seed on one CPU core."
     return run_chains(config, seed, folder)
 
 # %% ../nbs/60_distillation.ipynb #1f13956f
@@ -827,8 +831,8 @@ def chain_table(
     right, config = lambda name: lambda r: 100 - r.metrics["networks"][name], Chains()
     for chain in config.chains:
         name = "-".join((*chain, config.course.model))
-        lines.append({"lesson": " → ".join((*chain, config.course.model)), "report 001, %": CHAINS_001.get(name, "–"), "accuracy, %": spread(records, right(name)),
-                      "against vgg13 → minivgg, points": difference(records, right(name), right("vgg13-minivgg")) if chain != ("vgg13",) else ""})
+        lines.append({"lesson": " → ".join((*chain, config.course.model)).replace("-quarter", ""), "report 001, whole width, %": CHAINS_001.get(name.replace("-quarter", ""), "–"), "accuracy, %": spread(records, right(name)),
+                      "against vgg13 → minivgg, points": difference(records, right(name), right("vgg13-quarter-minivgg-quarter")) if chain != ("vgg13-quarter",) else ""})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/60_distillation.ipynb #107f4cf0

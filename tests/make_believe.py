@@ -183,7 +183,7 @@ def install():
     cuda.device_count, cuda.get_device_name = lambda: 1, lambda *args: "make-believe"
     cuda.get_rng_state = lambda *args: torch.get_rng_state()
     torch.accelerator.is_available = lambda: False
-    torch.nn.parallel.data_parallel._get_available_device_type = lambda: None
+    sys.modules[torch.nn.DataParallel.__module__]._get_available_device_type = lambda: None  # wraps, and spreads over nothing
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         if hasattr(torch.optim.Optimizer, name):
             setattr(torch.optim.Optimizer, name, lambda self: None)

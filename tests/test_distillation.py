@@ -465,7 +465,7 @@ MADE = {
     "distilled-minivgg": made_minivgg,
     "distilled-mlp-200": made_soft_targets,
     "report001-distillation": made_report001,
-    "assistant-chains": lambda k: dict(networks={"-".join((*c, "minivgg")): 18. + len(c) + k / 10 for c in Chains().chains}),
+    "assistant-chains": lambda k: dict(networks={"-".join((*c, Chains().course.model)): 18. + len(c) + k / 10 for c in Chains().chains}),
     "compressed-vgg13": lambda k: dict(dense=arm(6.5 + k), compressed=arm(7. + k), dense_bytes=37_664_040, file_bytes=600_000 + k),
 }
 TABLES = {
