@@ -25,6 +25,7 @@ aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 JOINING = {aten.cat.default, aten.stack.default}
+NOT_RUN = "eval: false", "google.colab", "nbdev_export", 'device="meta"'  # the last: what is about the device that this one is made of
 MISSING = {"histogram", "histogramdd", "_histogramdd_bin_edges", "_histogramdd_from_bin_cts"}  # these have no kernel for CUDA
 
 
@@ -182,7 +183,8 @@ def install():
         setattr(cuda, name, lambda *args, **options: None)
     cuda.device_count, cuda.get_device_name = lambda: 1, lambda *args: "make-believe"
     cuda.get_rng_state = lambda *args: torch.get_rng_state()
-    torch.accelerator.is_available = lambda: False
+    if hasattr(torch, "accelerator"):  # since PyTorch 2.6
+        torch.accelerator.is_available = lambda: False
     sys.modules[torch.nn.DataParallel.__module__]._get_available_device_type = lambda: None  # wraps, and spreads over nothing
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
         if hasattr(torch.optim.Optimizer, name):
@@ -199,8 +201,8 @@ def run_notebook(path):
     with GPU():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
-            if cell["cell_type"] != "code" or any(word in source for word in ("eval: false", "google.colab", "nbdev_export", '"meta"')):
-                continue  # among these: what is about the device that this one is made of
+            if cell["cell_type"] != "code" or any(word in source for word in NOT_RUN):
+                continue
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 done = shell.run_cell(source, store_history=False)
             error = done.error_before_exec or done.error_in_exec
