@@ -13,7 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from .core import BitstreamError, check_int, compiled
-from .entropy import counts, read_varint, write_varint
+from .entropy import _array, counts, read_varint, write_varint
 
 # %% ../nbs/32_arithmetic.ipynb #22801504
 def _countless(make=compiled, **options):
@@ -384,7 +384,7 @@ def _table_serves(symbols:np.ndarray, some:np.ndarray, k:int, trial:int) -> bool
 
 def _as_symbols(symbols:np.ndarray|Tensor) -> np.ndarray:
     "An array of uint8 or uint16 in this machine's order of bytes."
-    symbols = symbols.detach().cpu().numpy() if isinstance(symbols, Tensor) else np.asarray(symbols)
+    symbols = _array(symbols)
     if symbols.dtype.kind != "u" or symbols.itemsize > 2: raise ValueError(f"symbols must be uint8 or uint16, got {symbols.dtype}")
     return symbols.astype(symbols.dtype.newbyteorder("="), copy=False)
 

@@ -12,9 +12,14 @@ from torch import Tensor
 from .core import BitstreamError, check_int
 
 # %% ../nbs/30_entropy.ipynb #d9663bc8
+def _array(values) -> np.ndarray:
+    "Anything like an array as one of NumPy; a tensor comes from whatever device it is on."
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
 def _integers(values:np.ndarray|Tensor, name:str) -> np.ndarray:
     "`values` as a flat NumPy array of integers; anything else is a `ValueError`."
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    array = _array(values)
     if array.size == 0 and not isinstance(values, (np.ndarray, Tensor)): array = array.astype(np.int64)
     if array.dtype.kind not in "iu": raise ValueError(f"{name} must be integers, got {array.dtype}")
     if array.size and array.min() < 0: raise ValueError(f"{name} must not be negative, got {array.min()}")

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from .core import BitstreamError, check_int, compiled
-from .entropy import _integers, pack_bits, read_varint, unpack_bits, write_varint
+from .entropy import _array, _integers, pack_bits, read_varint, unpack_bits, write_varint
 
 # %% ../nbs/31_huffman.ipynb #c49bed61
 MAX_LENGTH = 20  # no code of this format is longer
@@ -264,7 +264,7 @@ def _frozen(array:np.ndarray) -> np.ndarray:
 
 def _as_symbols(symbols:np.ndarray|Tensor) -> np.ndarray:
     "A flat, contiguous, read-only uint8 or uint16 array."
-    array = symbols.detach().cpu().numpy() if isinstance(symbols, Tensor) else np.asarray(symbols)
+    array = _array(symbols)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype not in (np.uint8, np.uint16): raise ValueError(f"symbols must be uint8 or uint16, got {array.dtype}")
     if array.ndim != 1: raise ValueError(f"symbols must be one-dimensional, got shape {array.shape}")

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .arithmetic import decode_indices, encode_indices
 from .core import BitstreamError, check_fraction, check_int
-from .entropy import _integers, entropy_bits, pack_bits, read_varint, unpack_bits, write_varint
+from .entropy import _array, _integers, entropy_bits, pack_bits, read_varint, unpack_bits, write_varint
 from .huffman import code_lengths, decode, encode
 
 # %% ../nbs/33_positions.ipynb #d1f9a4cc
 def _as_mask(mask:np.ndarray|Tensor) -> np.ndarray:
     "`mask` as a boolean NumPy array of one or two dimensions."
-    array = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    array = _array(mask)
     if array.dtype != bool: raise ValueError(f"mask must be boolean, got {array.dtype}; write `weight != 0`")
     if array.ndim not in (1, 2): raise ValueError(f"mask must have one or two dimensions, got shape {array.shape}")
     return array

@@ -9,7 +9,6 @@ lets tensors of another device go through Python ("meta" tensors, wrapped), so t
 """
 import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -25,7 +24,6 @@ aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 JOINING = {aten.cat.default, aten.stack.default}
-NOT_RUN = "eval: false", "google.colab", "nbdev_export", 'device="meta"'  # the last: what is about the device that this one is made of
 MISSING = {"histogram", "histogramdd", "_histogramdd_bin_edges", "_histogramdd_from_bin_cts"}  # these have no kernel for CUDA
 
 
@@ -193,16 +191,20 @@ def install():
 
 def run_notebook(path):
     "The cells of a notebook, in this process and where it lies; what went wrong, a text for each cell."
+    import nbformat
     from IPython.core.interactiveshell import InteractiveShell
+
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+    from run_notebooks import skipped
 
     install()
     os.chdir(path.parent)
     shell, wrong = InteractiveShell.instance(colors="NoColor"), []
     with GPU():
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            source = "".join(cell["source"])
-            if cell["cell_type"] != "code" or any(word in source for word in NOT_RUN):
-                continue
+        for cell in nbformat.read(path, 4).cells:
+            source = cell.source
+            if cell.cell_type != "code" or skipped(cell, set()) or "nbdev_export" in source or 'device="meta"' in source:
+                continue  # the last: what is about the device that this one is made of
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 done = shell.run_cell(source, store_history=False)
             error = done.error_before_exec or done.error_in_exec

@@ -56,6 +56,18 @@ def on_gpu(model):
 
 
 @flow
+def refusals():
+    "What CUDA refuses is refused here: without this the rest would show nothing."
+    here, there = torch.randn(3, 3), torch.randn(3, 3).cuda()
+    for wrong in (lambda: here + there, lambda: torch.cat([there, here]), lambda: there.mul_(here), lambda: torch.equal(here, there),
+                  lambda: here[there > 0], lambda: nn.Linear(3, 3).cuda()(here), lambda: there.numpy(), lambda: torch.histogram(there, 5),
+                  lambda: torch.rand(3, device="cuda", generator=torch.Generator())):
+        with pytest.raises((RuntimeError, TypeError, NotImplementedError)):
+            wrong()
+    assert (there + 1).is_cuda and torch.equal((2 * there).cpu(), 2 * there.cpu()) and torch.equal(there[there.cpu() > 0], there[there > 0])
+
+
+@flow
 def training():
     from nncomp.data import random_affine
     from nncomp.training import evaluate, fit, validate
@@ -222,8 +234,8 @@ def coding():
     inspect(path), predict_bytes(model.state_dict()), layer_table(model), gzip_bytes(model), sparsity(model.parameters())
     count_macs(model, (1, 8, 8))
     mask = model[4].weight.detach().flatten() != 0
-    n = int(entropy_bits(counts(labels)) > 0)
-    assert n == 1 and (huffman.decode(huffman.encode(labels.flatten().to(torch.uint8))) == labels.cpu().numpy().ravel()).all()
+    assert entropy_bits(counts(labels)) > 0
+    assert (huffman.decode(huffman.encode(labels.flatten().to(torch.uint8))) == labels.cpu().numpy().ravel()).all()
     assert (arithmetic.decode(arithmetic.encode(labels.to(torch.uint8))) == labels.cpu().numpy()).all()
     data = positions.encode_positions(mask)
     assert (positions.decode_positions(data, mask.numel()) == mask.cpu().numpy()).all()
