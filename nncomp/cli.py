@@ -438,7 +438,7 @@ def verify_file(
     data = load_data(recorded["dataset"], size=model_input_shape(recorded["model"])[-1])
     try: model = load(path, into=create_model_for(recorded["model"], data))
     except ValueError as error: return row | {"problem": str(error)}
-    row["error_percent"] = evaluate(model, data.test).error_percent
+    row["error_percent"] = evaluate(model.to(memory_format=torch.channels_last), data.test).error_percent     # convolutions in half the time
     moved = round(abs(row["error_percent"] - row["recorded_error_percent"]) * len(data.test) / 100)
     same = dict(sha256=sha == pair[0].artefact_sha256, bytes=row["bytes"] == row["recorded_bytes"], error=moved <= 2)
     return row | ({"ok": True} if all(same.values()) else {"problem": "differs from the record: " + ", ".join(k for k, v in same.items() if not v)})

@@ -175,6 +175,11 @@ def evaluating(
     finally:
         for module, mode in modes.items(): module.training = mode
 
+# %% ../nbs/00_core.ipynb #c0a91d02
+def _input_type(x:Tensor, dtype:torch.dtype) -> torch.dtype:
+    "The type in which a model with parameters of type `dtype` is shown `x`: numbers and bytes in its own, token ids (any other integers) in theirs."
+    return dtype if x.is_floating_point() or x.dtype == torch.uint8 else x.dtype
+
 # %% ../nbs/00_core.ipynb #0a742431
 _NORMALISATION = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 

@@ -113,6 +113,8 @@ class Data:
     std: tuple[float, ...] = (1.,)    # per channel
 
     def __post_init__(self):
+        for name in ("train", "valid", "test"):
+            if not isinstance(getattr(self, name), Split): raise ValueError(f"{name} must be a Split(x, y), got a {type(getattr(self, name)).__name__}")
         parts = [p for p in (self.train, self.valid, self.test) if len(p)]
         for what in ("x", "y"):
             kinds = {(t.is_floating_point(), t.ndim, t.shape[1:] if t.ndim == 2 else None) for t in (getattr(p, what) for p in parts)}

@@ -249,7 +249,7 @@ def cache_logits(
     model:nn.Module,     # any classifier; its modes are put back
     split:Split,         # n images, as the model is to see them
     *,
-    batch_size:int=500,  # images at once
+    batch_size:int=250,  # images at once
 ) -> Tensor:             # (n, classes), float32, on the CPU; row i belongs to image i
     "The model's logits for every image of a split, in evaluation mode."
     with evaluating(model):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .core import check_int, count_nonzero, evaluating, named_weights, require
+from .core import _input_type, check_int, count_nonzero, evaluating, named_weights, require
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -134,7 +134,7 @@ def count_macs(
     "Multiply-accumulates of each dense and convolution layer (@eq-measure-macs); ValueError for another layer with weights."
     found, like = {}, next(model.parameters(), torch.zeros(0))
     if not isinstance(input_shape, Tensor): example = torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
-    elif len(example := input_shape.to(like.device, like.dtype if input_shape.is_floating_point() else None)) != 1: raise ValueError(f"the example must be a batch of one, got shape {tuple(input_shape.shape)}")
+    elif len(example := input_shape.to(like.device, _input_type(input_shape, like.dtype))) != 1: raise ValueError(f"the example must be a batch of one, got shape {tuple(input_shape.shape)}")
     def watch(name):
         def hook(module, args, output):
             macs = _macs(module, args[0] if args else None, output)

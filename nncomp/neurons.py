@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from .core import check_fraction, check_int, count_parameters, default_device, evaluating, named_weights, require
+from .core import _input_type, check_fraction, check_int, count_parameters, default_device, evaluating, named_weights, require
 from .data import Split, load_data
 from .measure import count_macs
 from .models import create_model_for, model_input_shape
@@ -184,7 +184,7 @@ def _signals(model: nn.Module, data, gradients: bool) -> Iterator[tuple[_Site, T
     sites, like, empty = _sites(model), next(model.parameters()), True
     for xb, yb in _batches(data):
         with evaluating(model), torch.set_grad_enabled(gradients), _listening(sites, gradients) as seen:
-            logits, empty = model(xb.to(like)), False
+            logits, empty = model(xb.to(like.device, _input_type(xb, like.dtype))), False
             values = [seen[site.name] for site in sites]
             slopes = torch.autograd.grad(F.cross_entropy(logits, yb.to(like.device), reduction="sum"), values) if gradients else values
         for site, v, g in zip(sites, values, slopes):

@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
-from .core import check_finite, check_fraction, check_int, check_plain, evaluating, named_weights
+from .core import _input_type, check_finite, check_fraction, check_int, check_plain, evaluating, named_weights
 from .training import Callback, Run
 
 # %% ../nbs/10_pruning.ipynb #62945255
@@ -220,11 +220,6 @@ def n_m_mask(
     order = groups.argsort(dim=-1, stable=True)[..., :m - n]
     return torch.ones_like(groups, dtype=torch.bool).scatter(-1, order, False).reshape(last.shape).movedim(-1, dim)
 
-# %% ../nbs/10_pruning.ipynb #9aa028fa
-def _inputs(xb: Tensor, like: Tensor) -> Tensor:
-    "`xb` on the device of `like`, and where it is floating also in its type."
-    return xb.to(like.device, like.dtype if xb.is_floating_point() else xb.dtype)
-
 # %% ../nbs/10_pruning.ipynb #445f9a37
 def first_order_scores(
     model:nn.Module,  # gives logits; in evaluation mode meanwhile; its gradients are left alone
@@ -238,7 +233,7 @@ def first_order_scores(
     scores, count, like = {name: torch.zeros_like(_wide(w)) for name, w in weights.items()}, 0, next(iter(weights.values()))
     with evaluating(model), torch.enable_grad():
         for xb, yb in batches:
-            grads = torch.autograd.grad(loss(model(_inputs(xb, like)), yb.to(like.device)), list(weights.values()), allow_unused=True)
+            grads = torch.autograd.grad(loss(model(xb.to(like.device, _input_type(xb, like.dtype))), yb.to(like.device)), list(weights.values()), allow_unused=True)
             for (name, w), g in zip(weights.items(), grads):
                 if g is not None: scores[name] += (_wide(w) * _wide(g)).abs()
             count += 1

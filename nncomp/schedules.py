@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .core import atomic_path, check_finite, check_fraction, check_int, check_plain, count_nonzero, evaluating, named_weights, require, seed_everything
+from .core import _input_type, atomic_path, check_finite, check_fraction, check_int, check_plain, count_nonzero, evaluating, named_weights, require, seed_everything
 from .data import Batches, Data, Split, load_data, random_affine
 from .models import create_model_for, mlp, model_input_shape
-from .pruning import MaskCallback, _fitting, _fraction, _inputs, _once, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
+from .pruning import MaskCallback, _fitting, _fraction, _once, _owned, apply_masks_, drop_lowest_global, first_order_scores, fisher_scores, magnitude_mask, random_mask
 from .results import experiment
 from .training import Callback, Run, _check_loss, evaluate, fit, validate
 
@@ -427,8 +427,9 @@ def recalibrate_batch_norm(
     seen, done = 0, False
     try:
         with evaluating(model.to(device or home)):
+            like = next(model.parameters())
             for m in norms: m.reset_running_stats(), m.train(), setattr(m, "momentum", None)   # None = a plain average of the batches
-            for seen, (xb, *_) in enumerate(batches, start=1): model(_inputs(xb, next(model.parameters())))
+            for seen, (xb, *_) in enumerate(batches, start=1): model(xb.to(like.device, _input_type(xb, like.dtype)))
         if not seen: raise ValueError("there are no batches to average over")
         done = True
     finally:

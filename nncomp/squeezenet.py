@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .core import check_fraction, check_int, checksum, count_parameters, default_device, evaluating, require, seed_everything
+from .core import _input_type, check_fraction, check_int, checksum, count_parameters, default_device, evaluating, require, seed_everything
 from .container import load
 from .data import Batches, Data, load_data, random_affine, random_crop_flip
 from .deep_compression import Recipe, deep_compress, images_by_channel
@@ -324,7 +324,7 @@ def _watched(model, layer, images):
     seen = []
     hook = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
     try:
-        with evaluating(model): model(images.to(layer.weight.device))
+        with evaluating(model): model(images.to(layer.weight.device, _input_type(images, layer.weight.dtype)))
     finally: hook.remove()
     if not seen: raise ValueError("a convolution is not used when the model sees images; name it in keep")
     return seen[0]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .core import atomic_path, check_int, checksum, default_device, evaluating, named_weights, require, unwrap
+from .core import _input_type, atomic_path, check_int, checksum, default_device, evaluating, named_weights, require, unwrap
 from .data import Batches, Data, Split
 
 # %% ../nbs/03_training.ipynb #63a24fca
@@ -99,7 +99,7 @@ def _device_of(model):
 def _logits(model, xb):
     "The model's output for images in its own floating type, and for other integers as they are; ValueError where it is not (n, classes)."
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), xb.dtype)
-    out = model(xb.to(dtype) if xb.is_floating_point() or xb.dtype == torch.uint8 else xb)
+    out = model(xb.to(_input_type(xb, dtype)))
     if not isinstance(out, Tensor) or out.ndim != 2:
         what = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ValueError(f"the model must return logits of shape (n, classes), got {what}; wrap it in a module that does, or give a loss that knows what to do with it")
@@ -140,7 +140,7 @@ def evaluate(
     split_or_batches:Split|Batches|Iterable[tuple[Tensor, Tensor]],  # examples (n, …), such as images (n, c, h, w), with answers (n, …), such as labels (n,)
     *,
     loss:Callable|None=None,     # what to report instead of cross entropy and errors, called as in `fit`
-    batch_size:int=1000,         # of a `Split`; does not change the result beyond rounding, where `loss` is a plain mean over the examples
+    batch_size:int=250,          # of a `Split`; does not change the result beyond rounding, where `loss` is a plain mean over the examples
     device:str|torch.device|None=None,  # None = where the model is
 ) -> Metrics:
     "Loss and exact number of errors, in evaluation mode; ValueError where there are no examples. What a `loss` draws at random is the same each time."
@@ -176,7 +176,7 @@ def validate(
     data:Data,               # its validation part is looked at
     *,
     loss:Callable|None=None, # what the model was trained with, see `fit`
-    batch_size:int=1000,     # where the answers are no classes
+    batch_size:int=250,      # where the answers are no classes
     device:str|torch.device|None=None,  # None = where the model is
 ) -> Metrics:                # NaN where the part is empty
     "How a network does on the validation examples: by cross entropy and errors where the answers are classes, else by the loss it is trained with."

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .core import check_finite, check_fraction, check_int, check_plain, compiled, evaluating, named_weights
+from .core import _input_type, check_finite, check_fraction, check_int, check_plain, compiled, evaluating, named_weights
 from .data import Data
 from .kmeans import kmeans_1d
 from .training import Callback, Run, evaluate
@@ -479,7 +479,7 @@ def weight_importance(
     device, dtype = next(iter(weights.values())).device, next(p.dtype for p in model.parameters() if p.is_floating_point())
     with evaluating(model), torch.enable_grad():
         for xb in batches:
-            logits = functional_call(model, leaves, (xb.to(device, dtype if xb.is_floating_point() else None),))
+            logits = functional_call(model, leaves, (xb.to(device, _input_type(xb, dtype)),))
             drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
             gradients = torch.autograd.grad(F.cross_entropy(logits, drawn), list(leaves.values()), allow_unused=True, materialize_grads=True)
             for name, g in zip(weights, gradients): total[name] += len(xb) / (2 * len(batches)) * _wide(g).square()

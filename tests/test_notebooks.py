@@ -1,5 +1,7 @@
 "Every notebook runs as `nbdev_test` runs it, is clean, and follows the house rules that a program can check."
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 IDS = [p.stem for p in NOTEBOOKS]
 CHAPTERS = [*NOTEBOOKS, ROOT / "tools" / "template.ipynb"]
-RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; sys.exit(not test_nb(Path(sys.argv[1]))[0])"
+PRELOADED = ["nbdev.test", "nbformat", "seaborn", "torchvision", *(f"nncomp.{p.stem}" for p in (ROOT / "nncomp").glob("[a-z]*.py"))]
 
 
 def cells(path, kind="code"):
@@ -24,10 +26,36 @@ def exported(cell):
     return re.match(r"#\| ?exports?\b", cell.source) is not None
 
 
+def run_notebook(path, log):
+    "What a process for one notebook does, everything printed written to `log`."
+    said = os.open(log, os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    os.chdir(ROOT)
+    from nbdev.test import test_nb
+
+    sys.exit(not test_nb(path)[0])
+
+
+@pytest.fixture(scope="session")
+def processes():
+    "Processes that begin where the libraries are imported already, which else takes as long as many a notebook."
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=[*IDS, "template"])
-def test_runs(path):
-    done = subprocess.run([sys.executable, "-c", RUN, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def test_runs(path, processes, tmp_path):
+    process = processes.Process(target=run_notebook, args=(path, tmp_path / "log"))
+    process.start()
+    process.join(600)
+    if process.is_alive():
+        process.kill()
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text(errors="replace")[-6000:]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=IDS)

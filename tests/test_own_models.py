@@ -17,11 +17,15 @@ from nncomp.data import Data, Split, load_data
 from nncomp.deep_compression import Recipe, deep_compress, run_tag
 from nncomp.distillation import Ensemble, Matching, cache_logits, distill, watch
 from nncomp.inference import fastest, lightest
-from nncomp.pruning import magnitude_mask
+from nncomp.measure import count_macs
+from nncomp.models import create_model
+from nncomp.neurons import activation_scores, taylor_scores
+from nncomp.pruning import first_order_scores, magnitude_mask
 from nncomp.schedules import Pruner, iterative_prune, sensitivity_scan, suggest_sparsities
 from nncomp.soft_weight_sharing import SoftRecipe, soft_compress
-from nncomp.squeezenet import fold_batch_norm
+from nncomp.squeezenet import fireify, fold_batch_norm
 from nncomp.training import callable_name, evaluate, fit, validate
+from nncomp.weight_sharing import weight_importance
 
 QUIET = {"progress": False, "device": "cpu"}
 QUICK = Recipe(prune_epochs=1, share_epochs=1, batch_size=32)
@@ -555,3 +559,21 @@ def test_validation_goes_in_batches_of_the_training_and_draws_the_same():
     none = Split(data.valid.x[:0], data.valid.y[:0])
     rounds = iterative_prune(model, replace(data, valid=none), [0.5], epochs=1, loss=squared, **QUIET)[1]
     assert np.isnan(rounds[0]["loss"])
+
+
+@pytest.mark.parametrize("of_model, of_images", [
+    (torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float32, torch.float16),
+    (torch.float32, torch.uint8),
+])
+def test_images_of_any_type_reach_a_model_in_its_own(of_model, of_images):
+    model, raw = create_model("lenet-5-small").to(of_model), torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8)
+    part = Split(raw if of_images == torch.uint8 else (raw / 255).to(of_images), torch.arange(16) % 10)
+    evaluate(model, part)
+    activation_scores(model, part)
+    taylor_scores(model, part)
+    sensitivity_scan(model, part, sparsities=(0.5,))
+    weight_importance(model, Data("any", part, part, part, 10), images=4)
+    first_order_scores(model, [(part.x, part.y)])
+    fireify(model, ratio=0.3, images=part.x)
+    cache_logits(model, part)
+    count_macs(model, part.x[:1])

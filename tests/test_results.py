@@ -541,6 +541,7 @@ def in_order(node):
                 yield from in_order(child)
 
 
+@functools.cache
 def names_of(statement):
     "What a statement of a notebook defines or changes, and what it uses, arguments and names inside comprehensions left out."
     def inside(scope):
