@@ -289,11 +289,26 @@ def _timed(run:Callable, folder:Path) -> tuple[dict, float]:
     finally: clock.write_text(str(before + time.perf_counter() - start))
 
 
+def _within(old, new) -> bool:
+    "Whether every field of `old` stands in `new` with the same value; new fields may have come."
+    if isinstance(old, dict) and isinstance(new, dict): return all(k in new and _within(v, new[k]) for k, v in old.items())
+    return old == new
+
+
+def _begin(folder:Path, config) -> None:
+    "Make the working folder of a run; ValueError where it was begun under other defaults, which the name of the folder does not tell."
+    folder.mkdir(parents=True, exist_ok=True)
+    begun, now = folder / "config.json", _plain(config, "config")
+    if begun.exists() and not _within(json.loads(begun.read_text(encoding="utf-8")), now):
+        raise ValueError(f"{folder} was begun with other settings, whose defaults have changed since; delete it, or run with force=True (--force)")
+    with atomic_path(begun) as part: part.write_text(_json(now, indent=1), encoding="utf-8")
+
+
 def _run(found:Experiment, config, seed:int, base:Path) -> Record:
     "Run an experiment once, in its working folder."
     ident = config_id(config, found.name)
     folder = base / "runs" / found.name / ident / f"seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder, config)
     seed_everything(seed)
     metrics, seconds = _timed(lambda: dict(found.run(config, seed, folder)), folder)
     record = Record(found.name, ident, seed, *_plain(config, "config").values(), {}, seconds=round(seconds, 2), **_environment())

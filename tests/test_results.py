@@ -316,6 +316,26 @@ def test_interrupted_run_resumes_and_reports_all_its_seconds(tmp_path, monkeypat
     assert reproduce("test-slow", root=tmp_path, progress=False)[0].seconds == 10
 
 
+def test_a_run_is_not_taken_up_under_other_defaults(tmp_path):
+    "The name of its folder is a hash of what differs from the defaults, and stays when one of them changes."
+    def halting(config: Job, seed: int, folder: Path) -> dict:
+        if not (folder / "half").exists():
+            (folder / "half").touch()
+            raise KeyboardInterrupt
+        return {"error": 1.0}
+
+    experiment("test-halting")(halting)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("test-halting", root=tmp_path, progress=False)
+    begun, = tmp_path.glob("runs/test-halting/*/seed-0/config.json")
+    settings = json.loads(begun.read_text())
+    begun.write_text(json.dumps({**settings, "Job": {**settings["Job"], "size": -1}}))
+    with pytest.raises(ValueError, match="begun with other settings"):
+        reproduce("test-halting", root=tmp_path, progress=False)
+    begun.write_text(json.dumps({"Job": {k: v for k, v in settings["Job"].items() if k != "size"}}))  # by a version without this option
+    assert reproduce("test-halting", root=tmp_path, progress=False)[0].metrics == {"error": 1.0}
+
+
 @pytest.mark.parametrize("metrics, message", [({"x": object()}, "cannot be recorded"), ({"x": [0.123456] * 2000}, "put long lists"),
                                               ({"artefact": Path(__file__)}, "must lie in the run's folder")])
 def test_a_run_that_cannot_be_recorded_leaves_no_record(metrics, message, tmp_path):
