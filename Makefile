@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+unexport PYTHONDONTWRITEBYTECODE  # the tests start many processes, and each would compile every module anew
 
 # Image data for the tests: unpacked from a bundle beside the repository where there is one; torchvision downloads it elsewhere.
 BUNDLE := $(wildcard ../shared/tools/unpack-data)
@@ -24,7 +25,7 @@ help:
 .venv/.installed: settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 # CI installs a browser for tests/test_browser.py where it has none and may; elsewhere those tests skip without one.

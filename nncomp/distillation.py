@@ -702,7 +702,7 @@ def run_report001(
 # %% ../nbs/60_distillation.ipynb #e70d07ad
 @experiment("report001-distillation")
 def report001_distillation(config:Report001, seed:int, folder:Path) -> dict:
-    "Report 001's distillation. `nncomp reproduce report001-distillation --seeds 3`; about half an hour for the teacher and as long for each seed on one CPU core."
+    "Report 001's distillation. `nncomp reproduce report001-distillation --seeds 3`; about half an hour for the teacher and forty minutes for each seed on one CPU core."
     return run_report001(config, seed, folder, teachers=teachers_folder(folder))
 
 # %% ../nbs/60_distillation.ipynb #ac2b03bc
@@ -812,13 +812,14 @@ def report001_table(
     records, lines = _records("report001-distillation", root), []
     if not records: return _pending("report001-distillation", 3)
     right = lambda arm: lambda r: 100 - r.metrics["arms"][arm]["test"]
-    for arm in records[0].metrics["arms"]:
+    lines.append({"student": "(its teacher)", "accuracy, %": spread(records[:1], lambda r: 100 - r.metrics["teacher"]["error_percent"], 2), "gained, points": ""})
+    for arm in sorted(records[0].metrics["arms"], key=lambda arm: (arm != "alone", "legacy" in arm, float("0" + arm.partition("-")[2]))):
         loss, _, T = arm.partition("-")
-        lines.append({"student": "alone" if not T else f"T = {T}, {'with' if loss == 'squared' else 'without'} T²", "accuracy, %": spread(records, right(arm)),
+        lines.append({"student": "alone" if not T else f"T = {T}, {'with' if loss == 'squared' else 'without'} T²", "accuracy, %": spread(records, right(arm), 2),
                       "gained, points": difference(records, right(arm), right("alone")) if T else ""})
     for loss, label in (("squared", "with"), ("legacy", "without")):
         chosen = lambda r: 100 - r.metrics["arms"][r.metrics["chosen"][loss]]["test"]
-        lines.append({"student": f"chosen on validation images, {label} T²", "accuracy, %": spread(records, chosen), "gained, points": difference(records, chosen, right("alone"))})
+        lines.append({"student": f"chosen on validation images, {label} T²", "accuracy, %": spread(records, chosen, 2), "gained, points": difference(records, chosen, right("alone"))})
     return require("pandas").DataFrame(lines)
 
 # %% ../nbs/60_distillation.ipynb #d3c838e6
@@ -831,7 +832,10 @@ def chain_table(
     right, config = lambda name: lambda r: 100 - r.metrics["networks"][name], Chains()
     for chain in config.chains:
         name = "-".join((*chain, config.course.model))
-        lines.append({"lesson": " → ".join((*chain, config.course.model)).replace("-quarter", ""), "report 001, whole width, %": CHAINS_001.get(name.replace("-quarter", ""), "–"), "accuracy, %": spread(records, right(name)),
+        lines.append({"lesson": " → ".join((*chain, config.course.model)).replace("-quarter", ""),
+                      "report 001, whole width, %": CHAINS_001.get(name.replace("-quarter", ""), "–"),
+                      "its last teacher, %": spread(records, right("-".join(chain)), 2) if chain else "",
+                      "accuracy, %": spread(records, right(name), 2),
                       "against vgg13 → minivgg, points": difference(records, right(name), right("vgg13-quarter-minivgg-quarter")) if chain != ("vgg13-quarter",) else ""})
     return require("pandas").DataFrame(lines)
 

@@ -458,14 +458,19 @@ def made_soft_targets(k):
 def made_report001(k):
     arms = ["alone", *(f"{loss}-{T:g}" for T in Report001().temperatures for loss in ("squared", "legacy"))]
     found = {name: dict(valid=1. + i, test=20. + i + k / 10) for i, name in enumerate(arms)}
-    return dict(arms=found, chosen=dict(squared="squared-5", legacy="legacy-5"))
+    return dict(arms=found, chosen=dict(squared="squared-5", legacy="legacy-5"), teacher=arm(15.))
+
+
+def made_chains(k):
+    whole = [(*chain, Chains().course.model) for chain in Chains().chains]
+    return dict(networks={"-".join(links[:i]): 18. + len(links) + k / 10 for links in whole for i in range(1, len(links) + 1)})
 
 
 MADE = {
     "distilled-minivgg": made_minivgg,
     "distilled-mlp-200": made_soft_targets,
     "report001-distillation": made_report001,
-    "assistant-chains": lambda k: dict(networks={"-".join((*c, Chains().course.model)): 18. + len(c) + k / 10 for c in Chains().chains}),
+    "assistant-chains": made_chains,
     "compressed-vgg13": lambda k: dict(dense=arm(6.5 + k), compressed=arm(7. + k), dense_bytes=37_664_040, file_bytes=600_000 + k),
 }
 TABLES = {
@@ -517,6 +522,7 @@ def test_what_the_tables_say(tmp_path):
     chains = chain_table(tmp_path).set_index("lesson").iloc[:, -1]
     assert chains["vgg13 → minivgg"] == "" and "better" in chains["minivgg"]
     assert report001_table(tmp_path).iloc[-1, 0] == "chosen on validation images, without T²"
+    assert list(report001_table(tmp_path).student[:4]) == ["(its teacher)", "alone", "T = 5, with T²", "T = 10, with T²"]
 
 
 def test_records_of_another_configuration_do_not_mix(tmp_path):
