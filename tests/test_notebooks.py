@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 IDS = [p.stem for p in NOTEBOOKS]
 CHAPTERS = [*NOTEBOOKS, ROOT / "tools" / "template.ipynb"]
-PRELOADED = ["nbdev.test", "nbformat", "seaborn", "torchvision", *(f"nncomp.{p.stem}" for p in (ROOT / "nncomp").glob("[a-z]*.py"))]
+PRELOADED = ["nbdev.test", "nbformat", "numba", "safetensors.torch", "seaborn", "torchvision", "tqdm.auto"]  # nncomp itself begins anew
 
 
 def cells(path, kind="code"):
