@@ -1,6 +1,7 @@
 "Where the tests find real data, and what happens when there is none; the site, built once for all tests that read it."
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads would only get in each other's way
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell: the tests of Ctrl-C would wait forever
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _absent(what, root):

@@ -172,15 +172,7 @@ class Impatient(event.Listener):
     def on_end(self, event): pass
 
 
-@pytest.fixture
-def interruptible():
-    "A shell has what it starts in the background ignore Ctrl-C."
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_waits_for_the_compiler(tmp_path, monkeypatch, interruptible):
+def test_an_interrupt_waits_for_the_compiler(tmp_path, monkeypatch):
     "It is not lost, and what was compiled can be used."
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))  # an empty one, or nothing would be compiled the second time
 
@@ -195,7 +187,7 @@ def test_an_interrupt_waits_for_the_compiler(tmp_path, monkeypatch, interruptibl
     assert signal.getsignal(signal.SIGINT) is before and twice(21) == 42
 
 
-def test_interrupts_are_held_back_in_the_main_thread_alone(interruptible):
+def test_interrupts_are_held_back_in_the_main_thread_alone():
     done = []
     with pytest.raises(KeyboardInterrupt), _interrupts_wait():
         signal.raise_signal(signal.SIGINT)
