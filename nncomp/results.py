@@ -286,7 +286,8 @@ def _timed(run:Callable, folder:Path) -> tuple[dict, float]:
     clock = folder / "seconds.txt"
     before, start = float(clock.read_text()) if clock.exists() else 0.0, time.perf_counter()
     try: return run(), before + time.perf_counter() - start
-    finally: clock.write_text(str(before + time.perf_counter() - start))
+    finally:
+        with atomic_path(clock) as part: part.write_text(str(before + time.perf_counter() - start))
 
 
 def _within(old, new) -> bool:

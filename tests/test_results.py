@@ -298,16 +298,21 @@ def test_designated_seed_is_shipped(tmp_path):
     assert (tmp_path / "models" / "test-job.nncomp").read_bytes() == b"\x02" * 10
 
 
+def halting(config: Job, seed: int, folder: Path) -> dict:
+    "Is interrupted the first time."
+    if not (folder / "half").exists():
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    return {"error": 1.0}
+
+
 def test_interrupted_run_resumes_and_reports_all_its_seconds(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(results.time, "perf_counter", lambda: now[0])
 
     def slow(config: Job, seed: int, folder: Path) -> dict:
         now[0] += 5
-        if not (folder / "half").exists():
-            (folder / "half").touch()
-            raise KeyboardInterrupt
-        return {"error": 1.0}
+        return halting(config, seed, folder)
 
     experiment("test-slow")(slow)
     with pytest.raises(KeyboardInterrupt):
@@ -318,12 +323,6 @@ def test_interrupted_run_resumes_and_reports_all_its_seconds(tmp_path, monkeypat
 
 def test_a_run_is_not_taken_up_under_other_defaults(tmp_path):
     "The name of its folder is a hash of what differs from the defaults, and stays when one of them changes."
-    def halting(config: Job, seed: int, folder: Path) -> dict:
-        if not (folder / "half").exists():
-            (folder / "half").touch()
-            raise KeyboardInterrupt
-        return {"error": 1.0}
-
     experiment("test-halting")(halting)
     with pytest.raises(KeyboardInterrupt):
         reproduce("test-halting", root=tmp_path, progress=False)
