@@ -16,7 +16,7 @@ endif
 help:
 	@echo "make demo       train, prune, share, code, reload and check one network (ARGS='--data mnist --model lenet-5')"
 	@echo "make test       export and cleanliness checks, every notebook, tests/, the site"
-	@echo "make slow       the notebooks with their slow cells, where only the package is installed, and on a make-believe GPU"
+	@echo "make slow       the notebooks with their slow cells, where only the package is installed, and on a make-believe GPU; colours on every page"
 	@echo "make docs       render the site into _docs/"
 	@echo "make notebooks  run every notebook and save its outputs, then export"
 	@echo "make results    check the shipped files against their records"
@@ -45,7 +45,7 @@ test: .venv/.installed .venv/.browser $(if $(BUNDLE),.data/.unpacked)
 
 slow: .venv/.installed $(if $(BUNDLE),.data/.unpacked)
 	$(BIN)/python tools/run_notebooks.py --slow --check $(ARGS)
-	NNCOMP_SLOW=1 $(BIN)/python -m pytest tests/test_wheel.py tests/test_devices.py
+	NNCOMP_SLOW=1 $(BIN)/python -m pytest tests/test_wheel.py tests/test_devices.py tests/test_browser.py
 
 docs: .venv/.installed
 	$(BIN)/python tools/build_site.py $(ARGS)

@@ -271,9 +271,14 @@ def _as_symbols(symbols:np.ndarray|Tensor) -> np.ndarray:
     return _frozen(array)
 
 
+def _to_last(array:np.ndarray) -> np.ndarray:
+    "The array up to its last entry that is not zero; `np.trim_zeros` walks there step by step before NumPy 2.2."
+    return array[:1 + np.flatnonzero(array).max(initial=-1)]
+
+
 def _table_bytes(lengths:np.ndarray) -> bytes:
     "The code lengths as they stand in the stream."
-    lengths = np.trim_zeros(lengths, "b")
+    lengths = _to_last(lengths)
     out = np.zeros(16 + 6 * int(np.count_nonzero(lengths)), np.uint8)
     return out[:-(-_write_lengths(_frozen(lengths), out) // 8)].tobytes()
 
@@ -302,7 +307,7 @@ def encode(
     cuts = _cuts(n, 4 if n >= LONG else 1)
     parts, size = [symbols[a:b] for a, b in zip(cuts, cuts[1:])], 65536 if wide else 256
     tallies = [_tally(part, np.zeros((8 if not wide else 4 if n >= LONG else 1, size), np.int64)) for part in parts]
-    lengths = code_lengths(np.trim_zeros(sum(tallies), "b"))
+    lengths = code_lengths(_to_last(sum(tallies)))
     if np.count_nonzero(lengths) == 1: return bytes([wide | CONSTANT << 1]) + write_varint(int(symbols[0])) + write_varint(n)
     sizes = [-(-int(tally[:lengths.size] @ lengths.astype(np.int64)) // 8) for tally in tallies]
     head = bytes([wide | (FOUR if len(sizes) > 1 else ONE) << 1]) + write_varint(n) + _table_bytes(lengths)
@@ -551,5 +556,5 @@ def decode(
     if n_bits < 0: raise BitstreamError("the table of code lengths in a Huffman stream is damaged")
     cuts = _byte_cuts(data, offset + -(-n_bits // 8), 4 if kind == FOUR else 1)
     out = np.empty(n, dtype)
-    if not _decode_streams(data, cuts, np.trim_zeros(lengths, "b"), out): raise BitstreamError("the codes in a Huffman stream are damaged")
+    if not _decode_streams(data, cuts, _to_last(lengths), out): raise BitstreamError("the codes in a Huffman stream are damaged")
     return out

@@ -67,8 +67,8 @@ def _compact(svg:str) -> str:
 
 
 def _render(fig:"plt.Figure", suffix:str) -> bytes:
-    "The figure as SVG or PNG, laid out from the start; colour bars need a second pass to settle."
-    for _ in range(1 + any(ax.get_subplotspec() is None for ax in fig.axes)):
+    "The figure as SVG or PNG, laid out from the start; colour bars take two more passes to settle."
+    for _ in range(1 + 2 * any(ax.get_subplotspec() is None for ax in fig.axes)):
         for ax in fig.axes if fig.get_layout_engine() is not None else ():
             if ax.get_subplotspec() is not None: ax.set_subplotspec(ax.get_subplotspec())
         file = io.BytesIO()

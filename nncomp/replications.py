@@ -541,9 +541,10 @@ def tuning_verdict(
     for test, config in TESTS.items():
         records = load_records(f"report003-test-{test}", root)
         for bits in config.bits if records else ():
-            mean = lambda stage: sum(r.metrics[stage][f"{s}-{bits}"] for r in records for s in config.starts) / len(records) / len(config.starts)
-            pruned = sum(r.metrics["pruned_accuracy"] for r in records) / len(records)
-            lines.append(f"Test {test}, {bits} bits: {mean('tuned') - mean('snapped'):+.2f} against values not trained, {mean('tuned') - pruned:+.2f} against the pruned net ({len(records)} seeds)")
+            runs = [(r.metrics, f"{start}-{bits}") for r in records for start in config.starts]
+            trained = sum(m["tuned"][name] - m["snapped"][name] for m, name in runs) / len(runs)
+            whole = sum(m["tuned"][name] - m["pruned_accuracy"] for m, name in runs) / len(runs)
+            lines.append(f"Test {test}, {bits} bits: {trained:+.2f} against values not trained, {whole:+.2f} against the pruned net ({len(records)} seeds)")
     return "\n".join(lines) or "Training the values: not run yet."
 
 # %% ../nbs/45_replications.ipynb #c7a56f56

@@ -19,7 +19,8 @@ PAGES = [*sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb")), "404"]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-CONTRAST = ("index", "notation", "06_results", "31_huffman", "404")  # the colours are the same on all pages, and measuring them takes long
+SOME = ("index", "notation", "06_results", "31_huffman", "404")  # the colours are the same on all pages, and measuring them takes long
+CONTRAST = PAGES if os.environ.get("NNCOMP_SLOW") else SOME
 axe = pytest.importorskip("axe_playwright_python", reason="the browser tests need axe, of the extra `dev`")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright, of the extra `dev`")
 

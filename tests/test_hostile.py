@@ -117,8 +117,9 @@ def test_lying_shapes():
 
 
 def test_unknown_codes():
-    types, known = range(len(container._TAGS)), {*range(8), container.ALIAS, container.CUT}
-    for code in range(len(types), 256):
+    types = [code for code, tag in enumerate(container._TAGS) if container._TORCH[tag]]  # an older PyTorch has not all
+    known = {*range(8), container.ALIAS, container.CUT}
+    for code in range(len(container._TAGS), 256):
         for coding in (0, 7, 9, container.CUT, 255):
             assert refused(head(code, coding, 3) + bytes(3), words="unknown type")
         assert refused(head(code, container.ALIAS, 3), words="another name")  # 255 is written, and none of them is read

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERED = {p.stem.split("_", 1)[1]: int(p.stem.split("_", 1)[0]) for p in (ROOT / "nbs").glob("[0-9]*_*.ipynb")}
-MODULES = {p.stem: p for p in (ROOT / "nncomp").glob("*.py") if p.stem not in {"__init__", "_modidx"}}
+MODULES = {p.stem: p for p in (ROOT / "nncomp").glob("*.py") if p.stem not in {"__init__", "__main__", "_modidx"}}
 
 FAMILIES = [
     {"pruning", "schedules", "neurons"},

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
@@ -134,15 +134,19 @@ def test_agrees_with_torch_prune(seed, count):
     assert torch.equal(masks["b.weight"], pair["b"].weight_mask.bool())
 
 
-@given(st.lists(shapes, min_size=1, max_size=4), st.integers(0, 9999), fractions, fractions)
+@given(st.lists(shapes, min_size=1, max_size=4), st.integers(0, 9999), fractions, fractions.map(lambda f: round(f, 6)))
+@example([[1, 1]], 0, 1.0, 0.0)
 @settings(max_examples=100, deadline=None)
 def test_global_count_and_floor(sizes, seed, sparsity, floor):
     weights = {str(i): tensor(s, seed + i, DTYPES[i % 4]) for i, s in enumerate(sizes)}
     total = sum(w.numel() for w in weights.values())
     need = sum(math.ceil(floor * w.numel() - 1e-9) for w in weights.values())
     drop = round(sparsity * total)
-    if not total or (drop > total - need and floor):
-        with pytest.raises(ValueError):
+    flat = torch.cat([w.flatten().double() for w in weights.values()])
+    kept = magnitude_mask(flat, sparsity).split([w.numel() for w in weights.values()]) if total else []  # without a floor
+    dead = not floor and any(w.ndim >= 2 and w.numel() and not mask.any() for w, mask in zip(weights.values(), kept))
+    if not total or dead or (drop > total - need and floor):
+        with pytest.raises(ValueError, match="no signal passes" if dead else None):
             global_magnitude_masks(weights, sparsity, floor=floor)
         return
     masks = global_magnitude_masks(weights, sparsity, floor=floor)
@@ -150,11 +154,10 @@ def test_global_count_and_floor(sizes, seed, sparsity, floor):
     for name, w in weights.items():
         assert masks[name].shape == w.shape
         assert int(masks[name].sum()) >= math.ceil(floor * w.numel() - 1e-9)
-        kept, gone = w[masks[name]].abs(), w[~masks[name]].abs()
-        assert not kept.numel() or not gone.numel() or kept.min() >= gone.max()  # by magnitude within each tensor
+        stay, gone = w[masks[name]].abs(), w[~masks[name]].abs()
+        assert not stay.numel() or not gone.numel() or stay.min() >= gone.max()  # by magnitude within each tensor
     if not floor:
-        flat = torch.cat([w.flatten().double() for w in weights.values()])
-        assert torch.equal(torch.cat([m.flatten() for m in masks.values()]), magnitude_mask(flat, sparsity))
+        assert torch.equal(torch.cat([m.flatten() for m in masks.values()]), torch.cat(kept))
 
 
 def test_global_never_raises_what_was_dropped():
