@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -212,7 +214,9 @@ def test_the_order_of_types_is_the_library_s(tmp_path):
     from nncomp.cli import compress_file, expand_file
     from nncomp.container import _TORCH
 
-    state = {tag: torch.arange(8, dtype=torch.uint8).view(t) for tag, t in _TORCH.items() if t in _SIZE and t != torch.bool}
+    known = {tag: t for tag, t in _TORCH.items() if t in _SIZE}
+    assert len(known) == len([t for t in _TORCH.values() if t]) or Version(safetensors.__version__) < Version("0.8")
+    state = {tag: torch.arange(8, dtype=torch.uint8).view(t) for tag, t in known.items() if t != torch.bool}
     save_file(state | {"BOOL": torch.tensor([True])}, tmp_path / "a.safetensors", metadata={"format": "pt"})
     compress_file(tmp_path / "a.safetensors", tmp_path / "a.nncomp", progress=False)
     expand_file(tmp_path / "a.nncomp", tmp_path / "b.safetensors")
