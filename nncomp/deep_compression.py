@@ -220,7 +220,7 @@ def run_tag(
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     about = type(model).__qualname__, _lasting(model), frozen
     digest = hashlib.sha256(repr((about, recipe, seed, *(callable_name(f) for f in (augment, loss) if f))).encode())
-    for tensor in () if data is None else (data.train.x, data.train.y, data.valid.x, data.valid.y): digest.update(as_bytes(tensor).numpy())
+    for part in () if data is None else (data.train, data.valid): digest.update(part.fingerprint().encode())
     for name, tensor in model.state_dict().items(): digest.update(name.encode() + as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()[:10]
 
@@ -286,7 +286,7 @@ def deep_compress(
 # %% ../nbs/40_deep_compression.ipynb #fc6e01d9
 def _check_task(model, data, loss) -> None:
     "Complain of what no chain can work with: data of another kind, tensors that others are computed from, numbers that are none."
-    if data is not None and not isinstance(data, Data): raise ValueError(f"data must be a `Data`, as from `load_data`, got a {type(data).__name__}; of arrays, make one of three `Split`s")
+    if data is not None and not isinstance(data, Data): raise ValueError(f"data must be a `Data`, as from `load_data`, got a {type(data).__name__}; make one of three `Split`s of tensors, or `DatasetSplit`s of what a loader reads")
     if data is not None: _check_loss(data, loss)
     for name, p in model.named_parameters():
         if p.is_floating_point() and not p.is_meta: check_finite(p, name)

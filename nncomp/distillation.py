@@ -253,7 +253,7 @@ def cache_logits(
 ) -> Tensor:             # (n, classes), float32, on the CPU; row i belongs to image i
     "The model's logits for every image of a split, in evaluation mode."
     with evaluating(model):
-        parts = [_ask(model, x).float().cpu() for x in split.x.split(check_int(batch_size, 1, name="batch_size"))]
+        parts = [_ask(model, x).float().cpu() for x, _ in split.in_order(batch_size)]
     return torch.cat(parts)
 
 # %% ../nbs/60_distillation.ipynb #3fc49b27
@@ -265,11 +265,12 @@ def fixed_views(
     seed:int=0,         # of all draws
 ) -> Data:              # with `views` times as many training images: all of view 0, then all of view 1, …
     "A data set whose augmentation is drawn once and for all, so that a cache can belong to it."
-    x, generator = data.train.x, torch.Generator().manual_seed(check_int(seed, 0, name="seed"))
+    whole, generator = data.train.take(slice(None)), torch.Generator().manual_seed(check_int(seed, 0, name="seed"))
+    x = whole.x
     many = x.new_empty((check_int(views, 1, name="views"), *x.shape))
     for view in many:
         for target, source in zip(view.split(1000), x.split(1000)): target.copy_(augment(source, generator))
-    return replace(data, train=Split(many.flatten(0, 1), data.train.y.repeat(views)))
+    return replace(data, train=Split(many.flatten(0, 1), whole.y.repeat(views)))
 
 # %% ../nbs/60_distillation.ipynb #661f917f
 def _as_teacher(teacher):
@@ -351,8 +352,8 @@ def without_class(
     label:int,       # the class to leave out
 ) -> tuple[Split, Tensor]:  # the rest; (n,) bool, which images those are
     "The images of all classes but one."
-    kept = split.y != check_int(label, 0, name="label")
-    return Split(split.x[kept], split.y[kept]), kept
+    kept = split.y[:] != check_int(label, 0, name="label")
+    return split.take(kept), kept
 
 # %% ../nbs/60_distillation.ipynb #d3371e64
 def class_recall(
@@ -447,8 +448,9 @@ def judge(
 ) -> dict:             # error_percent, ece (in [0, 1]), loss (nats)
     "What is recorded of a network, from one pass over the images."
     logits = cache_logits(model, split)
-    found = evaluate(nn.Identity(), [(logits, split.y.cpu())])
-    return dict(error_percent=found.error_percent, ece=expected_calibration_error(logits, split.y.cpu()), loss=found.loss)
+    labels = split.y[:].cpu()
+    found = evaluate(nn.Identity(), [(logits, labels)])
+    return dict(error_percent=found.error_percent, ece=expected_calibration_error(logits, labels), loss=found.loss)
 
 # %% ../nbs/60_distillation.ipynb #e94120c4
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class ScalePenalty(Callback):
 # %% ../nbs/12_neurons.ipynb #b01f68b7
 def _batches(data: Split | Iterable, size: int = 500) -> Iterable:
     "Pairs of images and labels, from a split or as they come."
-    return zip(data.x.split(size), data.y.split(size)) if isinstance(data, Split) else data
+    return data.in_order(size) if isinstance(data, Split) else data
 
 
 @contextlib.contextmanager
@@ -467,7 +467,7 @@ def half_without_retraining(config:Half, seed:int, folder:Path) -> dict:
     model = create_model_for(config.model, data)
     fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=seed, device=device,
         channels_last=any(w.ndim == 4 for w in model.parameters()), checkpoint=Path(folder) / "dense.pt", title="training")
-    cuts = _cuts(model, Split(data.train.x[:config.images], data.train.y[:config.images]), seed)
+    cuts = _cuts(model, data.train.take(slice(config.images)), seed)
     dense, errors = evaluate(model, data.test), {name: [] for name in cuts}
     with tqdm(total=len(cuts) * len(config.sparsities), unit="cut", desc="cutting") as bar:
         for name, cut in cuts.items():

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .container import load, save
 from .core import check_int, count_nonzero, named_weights, remembered, require, seed_everything
-from .data import Data, Split
+from .data import Data
 from .deep_compression import images_by_channel
 from .models import create_model, create_model_for, load_data_for, model_input_shape, model_names, register_model
 from .pruning import MaskCallback, apply_masks_, std_threshold_mask, threshold_mask
@@ -153,7 +153,7 @@ def _fewer(data, n):
     "The data set with `n` of its training images, evenly spread, or all where there are no more; without validation images."
     total = len(data.train)
     index = torch.arange(min(n, total)) * total // min(n, total)
-    return replace(data, train=Split(data.train.x[index], data.train.y[index]), valid=Split(data.valid.x[:0], data.valid.y[:0]))
+    return replace(data, train=data.train.take(index), valid=data.valid.take(slice(0)))
 
 
 def _zeros(model):

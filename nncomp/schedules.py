@@ -489,7 +489,7 @@ def _curve_masks(model, rule, sparsity, data, config, seed) -> dict[str, Tensor]
     weights, generator = named_weights(model), torch.Generator().manual_seed(seed)
     if rule == "layer": return {name: magnitude_mask(w, sparsity, name=name) for name, w in weights.items()}
     if rule == "random": return {name: random_mask(w, sparsity, generator) for name, w in weights.items()}
-    part = Split(data.train.x[:config.score_images], data.train.y[:config.score_images])
+    part = data.train.take(slice(config.score_images))
     known = {"global": lambda: {name: w.detach().abs() for name, w in weights.items()},
              "first-order": lambda: first_order_scores(model, Batches(part, 100, shuffle=True))}
     if rule not in known: raise ValueError(f"rule must be 'layer', 'random', {', '.join(map(repr, known))}, got {rule!r}")
@@ -621,8 +621,7 @@ class NormRecalibration:
 def norm_recalibration(config:NormRecalibration, seed:int, folder:Path) -> dict:
     "Test accuracy after a cut, with and without recalibration. `nncomp reproduce batch-norm-recalibration`; about three minutes a seed on one CPU core."
     data = load_data(config.dataset, size=model_input_shape(config.model)[-1])
-    first = lambda split, n: Split(split.x[:n], split.y[:n])
-    data = replace(data, train=first(data.train, config.train_images), valid=first(data.valid, 500), test=first(data.test, config.test_images))
+    data = replace(data, train=data.train.take(slice(config.train_images)), valid=data.valid.take(slice(500)), test=data.test.take(slice(config.test_images)))
     model = _dense(config, data, seed, folder, channels_last=True)
     points = [_kept(folder / f"{s}.json", lambda: _recalibrated(model, data, s, config, seed)) for s in config.sparsities]
     return {"dense": evaluate(model, data.test).accuracy, "test_images": len(data.test)} | {key: [p[key] for p in points] for key in points[0]}

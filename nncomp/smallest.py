@@ -165,8 +165,8 @@ def with_validation_images(
     data:Data,            # left as it is
 ) -> Data:                # the same, nothing left to validate on
     "The validation images as training images: once everything is chosen, they may teach as well."
-    both, none = (torch.cat([data.train.x, data.valid.x]), torch.cat([data.train.y, data.valid.y])), (data.valid.x[:0], data.valid.y[:0])
-    return replace(data, train=Split(*both), valid=Split(*none))
+    train, valid = (part.take(slice(None)) for part in (data.train, data.valid))
+    return replace(data, train=Split(torch.cat([train.x, valid.x]), torch.cat([train.y, valid.y])), valid=valid.take(slice(0)))
 
 
 def run_smallest(

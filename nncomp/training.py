@@ -145,10 +145,10 @@ def evaluate(
 ) -> Metrics:
     "Loss and exact number of errors, in evaluation mode; ValueError where there are no examples. What a `loss` draws at random is the same each time."
     home, batches = _device_of(model), split_or_batches
-    if isinstance(batches, Split): batches = zip(batches.x.split(check_int(batch_size, 1, name="batch_size")), batches.y.split(batch_size))
     device, n, losses, right = torch.device(device or home), 0, [torch.zeros(1)], [torch.zeros(0, dtype=torch.bool)]
     _check_criterion(loss)
     with contextlib.ExitStack() as stack:
+        if isinstance(batches, Split): batches = stack.enter_context(contextlib.closing(batches.in_order(batch_size)))
         if device != home: stack.callback(model.to(device).to, home)
         stack.enter_context(evaluating(model))
         if loss is not None:
@@ -374,19 +374,20 @@ def _train_epoch(run, plan, bar):
     tally = _Tally(run.data.classification)
     _seed_epoch(plan, run.epoch)
     plan.batches.set_epoch(run.epoch)
-    for index, xb, yb in plan.batches.indexed():
-        try: _step(run, plan, tally, index, xb, yb)
-        except ValueError as error:
-            if tally.losses: tally.sums(run)                  # a callback may stumble over what a diverging run has left: say that first
-            if len(xb) == 1 and "more than 1 value per channel" in str(error):
-                raise ValueError(f"batch normalisation cannot be trained on a batch of one example, and {len(run.data.train):,} examples in batches of {plan.settings.batch_size} "
-                                 "end with one; choose another batch_size") from error
-            raise
-        bar.update()
-        if time.monotonic() - tally.read > 0.5:
-            loss, hits, n = tally.sums(run)
-            means = dict(loss=loss / max(n, 1), accuracy=hits / max(n, 1))
-            bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if not math.isnan(value)}, refresh=False)
+    with contextlib.closing(plan.batches.indexed()) as batches:
+        for index, xb, yb in batches:
+            try: _step(run, plan, tally, index, xb, yb)
+            except ValueError as error:
+                if tally.losses: tally.sums(run)                  # a callback may stumble over what a diverging run has left: say that first
+                if len(xb) == 1 and "more than 1 value per channel" in str(error):
+                    raise ValueError(f"batch normalisation cannot be trained on a batch of one example, and {len(run.data.train):,} examples in batches of {plan.settings.batch_size} "
+                                     "end with one; choose another batch_size") from error
+                raise
+            bar.update()
+            if time.monotonic() - tally.read > 0.5:
+                loss, hits, n = tally.sums(run)
+                means = dict(loss=loss / max(n, 1), accuracy=hits / max(n, 1))
+                bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if not math.isnan(value)}, refresh=False)
     sums = tally.sums(run)
     if plan.world.num_processes > 1:
         sums = require("accelerate.utils").reduce(torch.tensor(sums, dtype=torch.float64, device=run.device), "sum").tolist()
@@ -462,8 +463,7 @@ def _identity(model, data, settings, callbacks, loss, augment):
     shapes = {f"tensor {key}": f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
     shapes |= {f"module {name or 'itself'}": _lasting(m) for name, m in unwrap(model).named_modules() if not any(m.children())}
     shapes |= {"frozen": ", ".join(name for name, p in unwrap(model).named_parameters() if not p.requires_grad)}
-    images = f"{data.name}, {len(data.train)} images of {tuple(data.train.x.shape[1:])}, checksum {checksum([data.train.x, data.train.y])}"
-    return asdict(settings) | dict(data=images, callbacks=[f"{callable_name(type(c))} {c.identity()}".strip() for c in callbacks], loss=callable_name(loss), augment=callable_name(augment)) | shapes
+    return asdict(settings) | dict(data=f"{data.name}, {data.train.fingerprint()}", callbacks=[f"{callable_name(type(c))} {c.identity()}".strip() for c in callbacks], loss=callable_name(loss), augment=callable_name(augment)) | shapes
 
 
 def _load_checkpoint(path):
@@ -591,8 +591,7 @@ def _begin(run, plan, saved):
     if saved is not None: _restore(saved, run, plan)
     if run.epoch < plan.settings.epochs:      # one batch, so that what cannot be judged is said before an epoch is spent
         size = plan.settings.batch_size
-        few = Split(run.data.valid.x[:size], run.data.valid.y[:size])
-        validate(run.model, replace(run.data, valid=few), loss=plan.loss, batch_size=size)
+        validate(run.model, replace(run.data, valid=run.data.valid.take(slice(size))), loss=plan.loss, batch_size=size)
     plan.weights = [w for w in named_weights(run.model).values() if w.requires_grad]
 
 

@@ -475,7 +475,7 @@ def weight_importance(
     if not 0 <= damping < math.inf: raise ValueError(f"damping must be finite and at least 0, got {damping}")
     leaves = {name: check_finite(w.detach(), name).requires_grad_() for name, w in weights.items()}   # frozen ones count too
     total, n = {name: torch.zeros_like(_wide(w.detach())) for name, w in weights.items()}, min(check_int(images, 1, name="images"), len(data.train))
-    batches = data.train.x[torch.arange(n) * len(data.train) // n].split(check_int(batch_size, 1, name="batch_size"))
+    batches = data.train.take(torch.arange(n) * len(data.train) // n).x.split(check_int(batch_size, 1, name="batch_size"))
     device, dtype = next(iter(weights.values())).device, next(p.dtype for p in model.parameters() if p.is_floating_point())
     with evaluating(model), torch.enable_grad():
         for xb in batches:

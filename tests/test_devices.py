@@ -68,6 +68,35 @@ def refusals():
 
 
 @flow
+def datasets():
+    from dataclasses import replace
+
+    from torch.utils.data import TensorDataset
+
+    from nncomp.data import Batches, DatasetSplit
+    from nncomp.distillation import cache_logits, distill, without_class
+    from nncomp.training import evaluate, fit
+    from nncomp.weight_sharing import weight_importance
+    data, folder = digits(), Path(tempfile.mkdtemp())
+    parts = {name: DatasetSplit(TensorDataset(part.x, part.y)) for name in ("train", "valid", "test") for part in [getattr(data, name)]}
+    there = replace(data, **parts)
+    moved = there.train.to("cuda")
+    xb, yb = next(iter(Batches(moved, 4)))
+    assert xb.is_cuda and yb.is_cuda and moved.take([0]).x.is_cuda and moved.x[torch.tensor([0]).cuda()].is_cuda
+    nets = [dense("cpu"), dense("cpu")]
+    for net, one in zip(nets, (data, there)):
+        fit(net, one, checkpoint=folder / f"{id(net)}.pt", **QUICK)
+        assert on_gpu(net)
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters()))
+    assert evaluate(nets[1], there.test) == evaluate(nets[0], data.test)
+    known = cache_logits(nets[0].eval(), there.train)
+    distill(dense(), known, there, **QUICK)
+    assert all(h.is_cuda for h in weight_importance(nets[1], there, images=16).values())
+    rest, kept = without_class(moved, 3)
+    assert rest.x.is_cuda and len(rest) == int(kept.sum())
+
+
+@flow
 def training():
     from nncomp.data import random_affine
     from nncomp.training import evaluate, fit, validate
