@@ -138,6 +138,7 @@ def prune_stage(
     augment:Callable|None=None,          # changes each batch that is trained on, see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
+    mixed_precision:str|None=None,       # see `fit`
     checkpoint:str|Path|None=None,       # see `fit`
     progress:bool=True,   # show a bar
 ) -> None:
@@ -147,7 +148,7 @@ def prune_stage(
     pruner = Pruner(goal, scope=recipe.scope, floor=recipe.floor, begin=0., end=recipe.ramp)
     fit(model, data, epochs=recipe.prune_epochs, lr=recipe.prune_lr, batch_size=recipe.batch_size, callbacks=[pruner],
         weight_decay=recipe.weight_decay, channels_last=loss is None and images_by_channel(model), title="pruning",
-        loss=loss, augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+        loss=loss, augment=augment, seed=seed, device=device, mixed_precision=mixed_precision, checkpoint=checkpoint, progress=progress)
 
 # %% ../nbs/40_deep_compression.ipynb #d580a09f
 def share_stage(
@@ -159,6 +160,7 @@ def share_stage(
     augment:Callable|None=None,          # changes each batch that is trained on, see `fit`
     seed:int=0,           # order of the images, random starts
     device:str|torch.device|None=None,   # None = the fastest
+    mixed_precision:str|None=None,       # see `fit`
     checkpoint:str|Path|None=None,       # see `fit`
     moving:bool=False,    # weights may also go to another value while the values are trained, see `share_weights`
     progress:bool=True,   # show a bar
@@ -173,7 +175,8 @@ def share_stage(
     if trainable:
         fit(model, data, epochs=recipe.share_epochs, lr=recipe.share_lr, batch_size=recipe.batch_size,
             weight_decay=recipe.weight_decay, channels_last=loss is None and images_by_channel(model), title="sharing",
-            loss=loss, callbacks=[MaskCallback(held)] if held else [], augment=augment, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+            loss=loss, callbacks=[MaskCallback(held)] if held else [], augment=augment, seed=seed, device=device, mixed_precision=mixed_precision,
+            checkpoint=checkpoint, progress=progress)
         finalize_sharing(model)
 
 # %% ../nbs/40_deep_compression.ipynb #530a25bf
@@ -215,11 +218,12 @@ def run_tag(
     seed:int,           # of the run
     augment:Callable|None=None,  # what changes each batch, see `fit`
     loss:Callable|None=None,     # see `fit`
+    mixed_precision:str|None=None,  # see `fit`
 ) -> str:               # ten hexadecimal digits
-    "A name for one run, of which `callable_name` says how functions are told apart: it changes with the model's layers, weights and what of them is frozen, with data, recipe, seed, augmentation and loss, so that no run resumes another's."
+    "A name for one run, of which `callable_name` says how functions are told apart: it changes with the model's layers, weights and what of them is frozen, with data, recipe, seed, augmentation, loss and precision, so that no run resumes another's."
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     about = type(model).__qualname__, _lasting(model), frozen
-    digest = hashlib.sha256(repr((about, recipe, seed, *(callable_name(f) for f in (augment, loss) if f))).encode())
+    digest = hashlib.sha256(repr((about, recipe, seed, *(callable_name(f) for f in (augment, loss) if f), *filter(None, [mixed_precision]))).encode())
     for part in () if data is None else (data.train, data.valid): digest.update(part.fingerprint().encode())
     for name, tensor in model.state_dict().items(): digest.update(name.encode() + as_bytes(tensor).numpy().tobytes())
     return digest.hexdigest()[:10]
@@ -264,6 +268,7 @@ def deep_compress(
     augment:Callable|None=None,   # changes each batch that is trained on, see `fit`
     seed:int=0,                   # order of the images, and random starts of k-means
     device:str|torch.device|None=None,  # None = the fastest
+    mixed_precision:str|None=None,  # "bf16", "fp16", or None = float32; of the training, the file's types stay as they are
     progress:bool=True,           # show a bar
 ) -> Report:
     "Prune, share and code a copy of `model` into one file (Han et al. 2016, *Deep Compression*, fig. 1)."
@@ -272,12 +277,12 @@ def deep_compress(
     model = unwrap(model)
     _check(model, data, recipe, Path(path), loss)
     device, folder = device or default_device(), None if folder is None else Path(folder)
-    model, tag = copy.deepcopy(model).to(device), run_tag(model, data, recipe, seed, augment, loss)
+    model, tag = copy.deepcopy(model).to(device), run_tag(model, data, recipe, seed, augment, loss, mixed_precision)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
     stages = [_measured("dense", model, data, recipe, device, 0., loss)]
     for name, stage in (("pruned", prune_stage), ("shared", share_stage)):
         start = time.perf_counter()
-        options = dict(loss=loss, augment=augment, seed=seed, device=device, progress=progress, checkpoint=folder and folder / f"{name}-{tag}.pt")
+        options = dict(loss=loss, augment=augment, seed=seed, device=device, mixed_precision=mixed_precision, progress=progress, checkpoint=folder and folder / f"{name}-{tag}.pt")
         _resumable(folder and folder / f"{name}-{tag}.nncomp", model, lambda: stage(model, data, recipe, **options))
         stages.append(_measured(name, model, data, recipe, device, time.perf_counter() - start, loss))
     stages.append(_coded(model, path, recipe, stages[-1]))

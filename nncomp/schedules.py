@@ -221,6 +221,7 @@ def iterative_prune(
     seed:int=0,              # round i trains with seed + i
     device:str|torch.device|None=None,
     channels_last:bool=False,
+    mixed_precision:str|None=None,
     checkpoint:str|Path|None=None,  # folder for a checkpoint per round; made where it does not exist
     progress:bool=True,
     dropout_rule:bool=False, # lower dropout by `DropoutRule` as connections go; the first rates come back at the end
@@ -240,7 +241,8 @@ def iterative_prune(
             hold = _Round(masks, str((target, scope, floor)), judge())
             fit(model, data, epochs=epochs, lr=lr, batch_size=batch_size, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay,
                 momentum=momentum, l1=l1, l2=l2, loss=loss, augment=augment, callbacks=[hold, *rules, *callbacks], seed=seed + i - 1,
-                device=device, channels_last=channels_last, checkpoint=folder and folder / f"round-{i}.pt", progress=progress, title=f"round {i}/{len(steps)}")
+                device=device, channels_last=channels_last, mixed_precision=mixed_precision, checkpoint=folder and folder / f"round-{i}.pt",
+                progress=progress, title=f"round {i}/{len(steps)}")
             masks, healed = hold.masks, judge()
             rounds.append({"round": i, "sparsity": _overall(model, masks), "pruned_accuracy": hold.cut, "accuracy": healed.accuracy, "pruned_loss": hold.cut_loss, "loss": healed.loss})
     return masks, rounds

@@ -477,13 +477,14 @@ def soft_stage(
     augment:Callable|None=None,          # see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
+    mixed_precision:str|None=None,       # see `fit`
     checkpoint:str|Path|None=None,       # see `fit`
     progress:bool=True,   # show a bar
 ) -> TrainPrior:          # with the prior as it ended, and its trace
     "Train a network under the prior (@eq-soft-loss), all of its weights and the mixture together."
     training = TrainPrior(recipe.prior(model), recipe.tau, warmup=recipe.warmup, lr_means=recipe.lr_means, lr_log_vars=recipe.lr_log_vars, lr_mixing=recipe.lr_mixing)
     fit(model, data, epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, loss=loss, augment=augment, callbacks=[training], seed=seed, device=device,
-        channels_last=loss is None and images_by_channel(model), checkpoint=checkpoint, progress=progress, title="soft sharing")
+        mixed_precision=mixed_precision, channels_last=loss is None and images_by_channel(model), checkpoint=checkpoint, progress=progress, title="soft sharing")
     return training
 
 
@@ -495,6 +496,7 @@ def tune_values(
     loss:Callable|None=None,             # see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
+    mixed_precision:str|None=None,       # see `fit`
     checkpoint:str|Path|None=None,       # see `fit`
     progress:bool=True,   # show a bar
 ) -> None:
@@ -503,7 +505,7 @@ def tune_values(
     for p in frozen: p.requires_grad_(False)
     try:
         stage = Recipe(bits=(recipe.components - 1).bit_length(), share_epochs=recipe.tune_epochs, share_lr=recipe.tune_lr, batch_size=recipe.batch_size)
-        share_stage(model, data, stage, loss=loss, moving=recipe.moving, seed=seed, device=device, checkpoint=checkpoint, progress=progress)
+        share_stage(model, data, stage, loss=loss, moving=recipe.moving, seed=seed, device=device, mixed_precision=mixed_precision, checkpoint=checkpoint, progress=progress)
     finally:
         for p in frozen: p.requires_grad_(True)
 
@@ -535,6 +537,7 @@ def soft_compress(
     augment:Callable|None=None,          # of training under the prior, see `fit`
     seed:int=0,           # order of the images
     device:str|torch.device|None=None,   # None = the fastest
+    mixed_precision:str|None=None,       # see `fit`
     progress:bool=True,   # show bars
 ) -> SoftReport:
     "Train under the prior, merge, prune and quantize, tune the values, write the file (after Ullrich et al. 2017)."
@@ -545,7 +548,7 @@ def soft_compress(
     if recipe.tune_epochs and any(isinstance(m, nn.RNNBase) for m in model.modules()): raise ValueError("a recurrent layer cannot train shared values; use a recipe with tune_epochs=0")
     path, folder, model = Path(path), None if folder is None else Path(folder), unwrap(model)
     if folder is not None: folder.mkdir(parents=True, exist_ok=True)
-    soft, options, tag = copy.deepcopy(model), dict(loss=loss, seed=seed, device=device, progress=progress), run_tag(model, data, recipe, seed, augment, loss)
+    soft, options, tag = copy.deepcopy(model), dict(loss=loss, seed=seed, device=device, mixed_precision=mixed_precision, progress=progress), run_tag(model, data, recipe, seed, augment, loss, mixed_precision)
     kept = (lambda name: None) if folder is None else (lambda name: folder / f"{name}-{tag}.pt")
     training = soft_stage(soft, data, recipe, augment=augment, checkpoint=kept("soft"), **options)
     mixture, quantized = merge_components(training.prior.mixture(), recipe.merge_below), copy.deepcopy(soft)

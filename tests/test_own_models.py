@@ -577,3 +577,31 @@ def test_images_of_any_type_reach_a_model_in_its_own(of_model, of_images):
     fireify(model, ratio=0.3, images=part.x)
     cache_logits(model, part)
     count_macs(model, part.x[:1])
+
+
+@pytest.mark.parametrize("compress, recipe", [(deep_compress, QUICK), (soft_compress, SoftRecipe(epochs=1, tune_epochs=1, batch_size=32))])
+def test_chains_train_in_mixed_precision(compress, recipe, tmp_path):
+    chain = functools.partial(compress, toy_net(), toy_data(), recipe, **QUIET)
+    seen, kept = set(), nn.Conv2d.forward
+
+    def noted(self, x):
+        y = kept(self, x)
+        seen.add((self.training, y.dtype))
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Conv2d, "forward", noted)
+        model = chain(path=tmp_path / "small.nncomp", mixed_precision="bf16", folder=tmp_path / "run").model
+        assert (True, torch.bfloat16) in seen and (True, torch.float32) not in seen
+        full = chain(path=tmp_path / "full.nncomp", folder=tmp_path / "run").model       # another run, not the first one's files
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), full.parameters()))
+    with pytest.raises(ValueError, match="mixed_precision must be one of"):
+        chain(path=tmp_path / "bad.nncomp", mixed_precision="int8")
+
+
+def test_rounds_of_pruning_train_in_mixed_precision(tmp_path):
+    nets = [toy_net() for _ in range(2)]
+    for net, precision in zip(nets, (None, "bf16")):
+        iterative_prune(net, toy_data(), [0.5], epochs=2, lr=1e-2, batch_size=32, mixed_precision=precision, **QUIET)
+    assert not torch.equal(nets[0][0].weight, nets[1][0].weight) and torch.equal(nets[0][4].weight == 0, nets[1][4].weight == 0)
