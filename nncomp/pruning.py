@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['drop_lowest', 'magnitude_mask', 'drop_lowest_global', 'global_magnitude_masks', 'threshold_mask',
            'std_threshold_mask', 'std_threshold_masks', 'threshold_masks', 'random_mask', 'n_m_mask',
-           'first_order_scores', 'fisher_scores', 'apply_masks_', 'MaskCallback', 'hold_masks', 'finalize_pruning',
-           'to_csr', 'from_csr', 'csr_bytes']
+           'first_order_scores', 'fisher_scores', 'wanda_scores', 'apply_masks_', 'MaskCallback', 'hold_masks',
+           'finalize_pruning', 'to_csr', 'from_csr', 'csr_bytes']
 
 # %% ../nbs/10_pruning.ipynb #30b6e5f0
 import contextlib
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
@@ -251,6 +252,47 @@ def fisher_scores(
         if squares[name].shape != w.shape: raise ValueError(f"{name} has shape {tuple(w.shape)}, its squared gradients {tuple(squares[name].shape)}")
         if (check_finite(squares[name], f"the squared gradient of {name}") < 0).any(): raise ValueError(f"a squared gradient of {name} is below 0")
     return {name: _wide(check_finite(w, name)).abs() * _wide(squares[name]).sqrt() for name, w in weights.items()}
+
+# %% ../nbs/10_pruning.ipynb #a1fa0002
+_MULTIPLIES = (nn.Linear, nn.modules.conv._ConvNd)                # layers whose output is linear in each weight, with an input as its factor
+
+
+def _squares(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+    "For each weight of `layer`, the sum over images and positions of the squared input that it multiplies."
+    square = lambda x: _wide(x).square() if isinstance(x, Tensor) else x
+    probe = torch.zeros_like(_wide(layer.weight), requires_grad=True)
+    with torch.enable_grad(), torch.autocast(probe.device.type, enabled=False):
+        out = functional_call(layer, {"weight": probe} | ({} if layer.bias is None else {"bias": torch.zeros_like(_wide(layer.bias))}),
+                              tuple(map(square, args)), {key: square(x) for key, x in kwargs.items()})
+        return torch.autograd.grad(out.sum(), probe)[0]
+
+# %% ../nbs/10_pruning.ipynb #a1fa0003
+def wanda_scores(
+    model:nn.Module,  # in evaluation mode meanwhile; nothing is left on it
+    batches:Iterable[tuple[Tensor,Tensor]],  # images (n, c, h, w) with labels, which are not used, such as `data.batches()`
+) -> dict[str,Tensor]:  # weight name -> scores of its shape, at least 0, float32 or wider; larger = keep
+    "How far a layer's output moves without each weight, |w| √E[Σ x²] (Sun et al. 2024; @eq-pruning-wanda); linear and convolution layers, a warning names weights of others."
+    weights, sums, count = _some(named_weights(model)), {}, 0
+    check_plain(model, weights)
+    by_id, like = {id(w): name for name, w in weights.items()}, next(iter(weights.values()))
+
+    def add(layer, args, kwargs):
+        if torch.is_grad_enabled() or id(layer.weight) not in by_id: return           # the pass of `_squares` itself comes by here as well
+        name = by_id[id(layer.weight)]
+        sums[name] = sums.get(name, 0) + _squares(layer, args, kwargs)
+
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in model.modules() if isinstance(layer, _MULTIPLIES)]
+    try:
+        with evaluating(model):
+            for xb, _ in batches:
+                model(xb.to(like.device, _input_type(xb, like.dtype)))
+                count += len(xb)
+    finally:
+        for hook in hooks: hook.remove()
+    if not count: raise ValueError("there are no batches to see the inputs of the layers on")
+    if missing := [name for name in weights if name not in sums]:
+        warnings.warn(f"no scores for {', '.join(missing)}: the input of a weight is seen in linear and convolution layers that the model calls; rank these by another rule, or leave them whole")
+    return {name: check_finite(_wide(w).abs() * (sums[name] / count).sqrt(), f"the score of {name}") for name, w in weights.items() if name in sums}
 
 # %% ../nbs/10_pruning.ipynb #73db0c76
 def _tensors(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

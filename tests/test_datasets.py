@@ -20,7 +20,7 @@ from nncomp.data import Batches, Data, DatasetSplit, Split, stratified_split
 from nncomp.deep_compression import Recipe, deep_compress, run_tag
 from nncomp.distillation import cache_logits, distill, fixed_views, judge, without_class
 from nncomp.neurons import activation_scores, taylor_scores
-from nncomp.pruning import first_order_scores
+from nncomp.pruning import first_order_scores, wanda_scores
 from nncomp.schedules import iterative_prune, recalibrate_batch_norm, sensitivity_scan
 from nncomp.smallest import with_validation_images
 from nncomp.soft_weight_sharing import SoftRecipe, soft_compress
@@ -187,6 +187,7 @@ def both(call):
     lambda data: list(activation_scores(toy_net(), data.train).values()),
     lambda data: list(taylor_scores(toy_net(), data.train).values()),
     lambda data: list(first_order_scores(toy_net(), data.batches(batch_size=32)).values()),
+    lambda data: list(wanda_scores(toy_net(), data.batches(batch_size=32)).values()),
     lambda data: list(weight_importance(toy_net(), data, images=16).values()),
     lambda data: sensitivity_scan(toy_net(), data, sparsities=(0.5,)).to_dict(),
     lambda data: choose_bits(toy_net(), data, budget_bytes=600),
@@ -196,7 +197,7 @@ def both(call):
     lambda data: fixed_views(data, lambda xb, g: xb + torch.rand(len(xb), 1, 1, 1, generator=g), 2).train.x,
     lambda data: with_validation_images(data).train.x,
     lambda data: iterative_prune(toy_net(), data, [0.5], epochs=1, **QUIET)[1][0],
-], ids="evaluate activations taylor first-order fisher sensitivity bits logits judge class views all rounds".split())
+], ids="evaluate activations taylor first-order wanda fisher sensitivity bits logits judge class views all rounds".split())
 def test_whatever_takes_data_takes_a_dataset(call):
     def told(value):
         if isinstance(value, dict):

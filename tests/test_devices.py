@@ -137,6 +137,7 @@ def masks():
     batches = [(data.train.x[:100].cuda(), data.train.y[:100].cuda())]
     assert all(s.is_cuda for s in p.first_order_scores(model, batches).values())
     p.first_order_scores(model, [(data.train.x[:100], data.train.y[:100])])
+    assert all(s.is_cuda for s in p.wanda_scores(model, batches).values())
     p.fisher_scores(weights, {name: v.detach().square() for name, v in weights.items()})
     found = p.global_magnitude_masks(weights, 0.8)
     for chosen in (found, {name: m.cpu() for name, m in found.items()}):

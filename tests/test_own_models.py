@@ -20,7 +20,7 @@ from nncomp.inference import fastest, lightest
 from nncomp.measure import count_macs
 from nncomp.models import create_model
 from nncomp.neurons import activation_scores, taylor_scores
-from nncomp.pruning import first_order_scores, magnitude_mask
+from nncomp.pruning import first_order_scores, magnitude_mask, wanda_scores
 from nncomp.schedules import Pruner, iterative_prune, sensitivity_scan, suggest_sparsities
 from nncomp.soft_weight_sharing import SoftRecipe, soft_compress
 from nncomp.squeezenet import fireify, fold_batch_norm
@@ -574,6 +574,7 @@ def test_images_of_any_type_reach_a_model_in_its_own(of_model, of_images):
     sensitivity_scan(model, part, sparsities=(0.5,))
     weight_importance(model, Data("any", part, part, part, 10), images=4)
     first_order_scores(model, [(part.x, part.y)])
+    wanda_scores(model, [(part.x, part.y)])
     fireify(model, ratio=0.3, images=part.x)
     cache_logits(model, part)
     count_macs(model, part.x[:1])

@@ -39,6 +39,7 @@ from nncomp.pruning import (
     threshold_mask,
     threshold_masks,
     to_csr,
+    wanda_scores,
 )
 from nncomp.training import Callback, evaluate, fit
 
@@ -502,6 +503,67 @@ def test_first_order_leaves_frozen_and_unused_alone():
     bad[4].weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the score of .* holds"):
         first_order_scores(bad, data.batches())
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "conv3d", "grouped", "tokens", "transposed"])
+def test_wanda_is_what_the_layer_s_output_moves(kind):
+    "By brute force, layer by layer and weight by weight, in the middle of a network."
+    seed_everything(0)
+    body = {"conv1d": [nn.Flatten(2), nn.Conv1d(2, 3, 3, stride=2)], "conv3d": [nn.Unflatten(1, (1, 2)), nn.Conv3d(1, 3, 2)],
+            "grouped": [nn.Conv2d(2, 4, 3, groups=2, padding="same", bias=False), nn.BatchNorm2d(4)],
+            "tokens": [nn.Flatten(2), nn.Linear(16, 5)], "transposed": [nn.ConvTranspose2d(2, 3, 2, padding=1, output_padding=0)]}[kind]
+    net = nn.Sequential(*body, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(7, 2, 4, 4, dtype=torch.float64)
+    net.double()(x)
+    hooks = {m: dict(m._forward_pre_hooks) for m in net.modules()}
+    scores = wanda_scores(net.train(), [(x[:4], None), (x[4:], None)])
+    assert all(m.training for m in net.modules()) and all(p.grad is None for p in net.parameters())
+    assert hooks == {m: dict(m._forward_pre_hooks) for m in net.modules()}
+    net.eval()
+    assert scores.keys() == named_weights(net).keys()
+    for name, w in named_weights(net).items():
+        layer, shown = net.get_submodule(name.rpartition(".")[0]), []
+        with layer.register_forward_hook(lambda _, args, out, shown=shown: shown.append((args[0].detach(), out.detach()))):
+            net(x)
+        ((inputs, whole),) = shown
+        for i in range(0, w.numel(), 5):
+            value = float(w.data.view(-1)[i])
+            w.data.view(-1)[i] = 0
+            moved = (layer(inputs).detach() - whole).square().sum() / 7
+            w.data.view(-1)[i] = value
+            assert float(scores[name].view(-1)[i]) == pytest.approx(float(moved.sqrt()), rel=1e-6, abs=1e-12)
+
+
+def test_wanda_with_layers_it_cannot_see():
+    "Weights that are no layer's, or whose layer does not run, are named; a failing pass leaves no hook behind."
+    net, data = toy_net(), toy_data()
+    net[0].weight.requires_grad_(False)
+    net.unused = nn.Linear(3, 3)
+    net.forward = lambda x: nn.Sequential(*list(net.children())[:7])(x)
+    with pytest.warns(UserWarning, match="no scores for unused.weight"):
+        scores = wanda_scores(net, data.batches("train", 32))
+    assert set(scores) == {"0.weight", "4.weight", "6.weight"}
+    with pytest.raises(RuntimeError):
+        wanda_scores(net, [(torch.zeros(2, 7), None)])
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    bad = copy.deepcopy(toy_net())
+    bad[4].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the score of .* holds"):
+        wanda_scores(bad, data.batches())
+    with pytest.raises(ValueError, match="no batches"):
+        wanda_scores(toy_net(), [])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_wanda_in_other_types_and_under_autocast(dtype):
+    data = toy_data()
+    exact = wanda_scores(toy_net(), data.batches())
+    for name, s in wanda_scores(toy_net().to(dtype), data.batches()).items():
+        assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(s.float(), exact[name], rtol=0.05, atol=0.01 * float(exact[name].max()))
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, s in wanda_scores(toy_net(), data.batches()).items():
+            torch.testing.assert_close(s, exact[name], rtol=0.05, atol=0.01 * float(exact[name].max()))
 
 
 @given(shapes, st.sampled_from(DTYPES), st.integers(0, 999))

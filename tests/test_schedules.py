@@ -16,6 +16,7 @@ from nncomp.models import create_model, model_names
 from nncomp.pruning import MaskCallback, apply_masks_, magnitude_mask, std_threshold_masks
 from nncomp.results import find_experiment
 from nncomp.schedules import (
+    CURVE_LENET_5,
     DropoutAblation,
     DropoutRule,
     NormRecalibration,
@@ -615,6 +616,7 @@ def test_qualities_give_the_sparsity_back(seed, sparsity):
 
 TINY = {
     "sparsity-curve-lenet-300-100": SparsityCurve(sparsities=(0.5, 0.9), retrain_epochs=1),
+    "sparsity-curve-lenet-5": dataclasses.replace(CURVE_LENET_5, sparsities=(0.5, 0.9), retrain_epochs=1),
     "norms-lenet-300-100": Norms(sparsities=(0.5, 0.9), retrain_epochs=1),
     "dropout-rule-lenet-300-100": DropoutAblation(sparsities=(0.9,), retrain_epochs=1),
     "batch-norm-recalibration": NormRecalibration(sparsities=(0.5,), train_images=64, test_images=20),
