@@ -486,7 +486,7 @@ class SparsityCurve:
     score_images:int = 10_000     # training images for the scores that need some
 
 
-CURVE_LENET_5 = SparsityCurve(model="lenet-5", rules=("layer", "global", "first-order", "wanda"))
+CURVE_LENET_5 = SparsityCurve(model="lenet-5", rules=("global", "first-order", "wanda"))
 
 
 # %% ../nbs/11_schedules.ipynb #bad2f3a7
@@ -543,7 +543,7 @@ def sparsity_curve(config:SparsityCurve, seed:int, folder:Path) -> dict:
 
 @experiment("sparsity-curve-lenet-5", configs=[CURVE_LENET_5])
 def sparsity_curve_lenet_5(config:SparsityCurve, seed:int, folder:Path) -> dict:
-    "Test error of a network of convolutions against sparsity by rule, before and after retraining. `nncomp reproduce sparsity-curve-lenet-5`; about ten minutes a seed on one CPU core."
+    "Test error of a network of convolutions against sparsity by rule, before and after retraining. `nncomp reproduce sparsity-curve-lenet-5`; about eight minutes a seed on one CPU core."
     return _sparsity_curve(config, seed, folder)
 
 
