@@ -1,0 +1,198 @@
+"Compression without training: least squares against brute force, odd layers and models, and the registered experiments in miniature."
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from toys import toy_data, toy_net
+
+from nncomp.core import count_nonzero, named_weights, seed_everything
+from nncomp.one_shot import ONE_SHOT_LENET_5, OneShot, descend, fit_values, normal_equations, one_shot_compress, refit
+from nncomp.results import find_experiment
+from nncomp.training import evaluate, fit
+
+QUIET = dict(device="cpu", progress=False)
+
+
+def systems(seed, groups=2, rows=3, d=7, positions=20):
+    "Random sums with the weights, the mask and the answers that they come from."
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, positions, d, generator=g, dtype=torch.float64)
+    x[..., 1] = x[..., 0] + 0.1 * x[..., 1]
+    w = torch.randn(groups, rows, d, generator=g, dtype=torch.float64)
+    gram = x.mT @ x + 0.01 * torch.eye(d, dtype=torch.float64)
+    return gram, w @ gram, w, torch.rand(w.shape, generator=g) < 0.6
+
+
+def energy(w, gram, cross):
+    return float(((w @ gram - 2 * cross) * w).sum())
+
+
+@given(st.integers(0, 9999))
+@settings(deadline=None, max_examples=60)
+def test_refit_is_least_squares_on_what_stays(seed):
+    gram, cross, w, mask = systems(seed)
+    found = refit(w, mask, gram, cross, tolerance=1e-12)
+    for g in range(len(w)):
+        for r in range(w.shape[1]):
+            kept = mask[g, r].nonzero().flatten()
+            expected = torch.zeros(w.shape[-1], dtype=torch.float64)
+            expected[kept] = torch.linalg.solve(gram[g][kept][:, kept], cross[g, r, kept])
+            torch.testing.assert_close(found[g, r], expected, rtol=1e-6, atol=1e-8)
+
+
+@given(st.integers(0, 9999), st.integers(1, 5))
+@settings(deadline=None, max_examples=60)
+def test_descend_and_fit_values_never_make_it_worse(seed, k):
+    gram, cross, w, mask = systems(seed)
+    values = torch.randn(k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).sort().values
+    last = None
+    for sweeps in range(4):
+        now = descend(w, mask, values, gram, cross, sweeps=sweeps)
+        assert not now[~mask].any() and torch.isin(now[mask], values).all()
+        assert last is None or energy(now, gram, cross) <= last + 1e-9
+        last = energy(now, gram, cross)
+    labels = torch.where(mask, torch.bucketize(now, (values[1:] + values[:-1]) / 2), -1)
+    better = fit_values(now, labels, values, gram, cross)
+    assert energy(torch.where(mask, better[labels], 0), gram, cross) <= last + 1e-6
+    unused = ~torch.isin(torch.arange(k), labels)
+    torch.testing.assert_close(better[unused], values[unused])
+
+
+def test_descend_ends_where_no_single_weight_wants_to_move():
+    gram, cross, w, mask = systems(3)
+    values = torch.tensor([-1.0, 0.3, 1.2], dtype=torch.float64)
+    end = descend(w, mask, values, gram, cross, sweeps=99)
+    for at in mask.nonzero().tolist():
+        for v in values:
+            other = end.clone()
+            other[tuple(at)] = v
+            assert energy(other, gram, cross) >= energy(end, gram, cross) - 1e-9
+
+
+@pytest.mark.parametrize("layer, shape", [
+    (nn.Linear(5, 3), (5,)), (nn.Linear(5, 3, bias=False), (4, 5)), (nn.Conv1d(3, 4, 3, padding="same"), (3, 9)),
+    (nn.Conv2d(4, 8, (3, 1), stride=(2, 1), groups=4), (4, 7, 6)), (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 5, 5)),
+    (nn.Conv3d(2, 3, 2, dilation=2, bias=False), (2, 4, 4, 4)),
+], ids="linear tokens conv1d depthwise reflect conv3d".split())
+def test_a_layer_answers_best(layer, shape):
+    "No small step of the weights that stay lowers the squared error of the layer's own outputs."
+    seed_everything(0)
+    layer, x = layer.double(), torch.randn(40, *shape, dtype=torch.float64)
+    target = layer(x).detach()
+    small = one_shot_compress(layer, x, sparsity=0.4, ridge=1e-9, floor=0.0, **QUIET)
+    loss = (small(x) - target).square().sum()
+    grads = torch.autograd.grad(loss, list(small.parameters()))
+    for p, g in zip(small.parameters(), grads):
+        assert g[p != 0].abs().max() < 1e-4 * max(1.0, float(target.square().sum()))
+    assert count_nonzero([small.weight]) == layer.weight.numel() - round(0.4 * layer.weight.numel())
+    plain = copy.deepcopy(layer)
+    plain.weight.data.masked_fill_(small.weight == 0, 0)
+    assert loss <= (plain(x) - target).square().sum()
+
+
+class Odd(nn.Module):
+    "Tied layers, a layer used twice, an embedding, a transposed convolution, a layer that is not called."
+    def __init__(self):
+        super().__init__()
+        self.table, self.twice, self.a, self.b = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+        self.up, self.idle, self.head = nn.ConvTranspose1d(6, 4, 2), nn.Linear(3, 3), nn.Linear(4, 2)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = self.twice(self.twice(x).relu())
+        return self.head(self.up(self.b(self.a(x)).transpose(1, 2)).mean(-1))
+
+
+def test_what_cannot_be_fitted_is_named_and_left():
+    seed_everything(0)
+    net, ids = Odd(), torch.randint(0, 11, (64, 5))
+    state = copy.deepcopy(net.state_dict())
+    with pytest.warns(UserWarning, match="left as they are: table.weight, a.weight, up.weight, idle.weight"):
+        small = one_shot_compress(net.train(), ids, sparsity=0.5, bits=2, **QUIET)
+    for name, t in net.state_dict().items():
+        assert torch.equal(t, state[name])
+    assert net.training and not small.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*net.modules(), *small.modules()])
+    changed = {name for name, p in small.named_parameters() if not torch.equal(p, state[name])}
+    assert changed == {"twice.weight", "twice.bias", "head.weight", "head.bias"}
+    assert all(len(small.get_parameter(name).unique()) <= 4 for name in ("twice.weight", "head.weight"))
+    assert count_nonzero([small.twice.weight, small.head.weight]) == 22
+
+
+def test_gradients_and_modes_are_as_before():
+    "Nothing of evaluation mode or of no_grad is left behind, not even by an error in the middle."
+    net, data = toy_net().train(), toy_data()
+    one_shot_compress(net, data.train.x[:64], sparsity=0.5, **QUIET)
+    assert torch.is_grad_enabled() and all(m.training for m in net.modules())
+    with pytest.raises(RuntimeError):
+        one_shot_compress(net, torch.zeros(4, 7), sparsity=0.5, **QUIET)
+    assert torch.is_grad_enabled() and not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types(dtype):
+    net, data = toy_net().to(dtype), toy_data()
+    small = one_shot_compress(net, data.train.x[:64], sparsity=0.5, bits=3, **QUIET)
+    assert all(p.dtype == dtype for p in small.parameters())
+    assert all(len(w.unique()) <= 8 for w in named_weights(small).values())
+
+
+def test_it_repairs_a_cut():
+    data = toy_data()
+    net = toy_net()
+    fit(net, data, epochs=6, lr=1e-2, batch_size=32, **QUIET)
+    only_cut = one_shot_compress(net, data.train.x[:1], sparsity=0.8, ridge=1e9, **QUIET)                  # the old weights hold
+    cut = evaluate(only_cut, data.train).loss
+    repaired = evaluate(one_shot_compress(net, data.train.x, sparsity=0.8, **QUIET), data.train).loss
+    dense = evaluate(net, data.train).loss
+    assert repaired - dense < (cut - dense) / 2
+
+
+@pytest.mark.parametrize("options, text", [
+    (dict(sparsity=0.5, bits=17), "bits"), (dict(sparsity=1.5), "sparsity"), (dict(rounds=0), "rounds"),
+    (dict(ridge=float("nan")), "ridge"),
+    (dict(skip=("nothing.*",)), "skip names"), (dict(batch_size=0), "batch_size"), (dict(sparsity={"9.weight": 0.5}), "9.weight"),
+])
+def test_bad_options(options, text):
+    with pytest.raises(ValueError, match=text):
+        one_shot_compress(toy_net(), toy_data().train.x, **options, **QUIET)
+
+
+def test_bad_sums_and_images():
+    with pytest.raises(ValueError, match="must be a tensor"):
+        one_shot_compress(toy_net(), toy_data().train, **QUIET)
+    with pytest.raises(ValueError, match="no images"):
+        one_shot_compress(toy_net(), toy_data().train.x[:0], **QUIET)
+    with pytest.raises(ValueError, match="no batch"):
+        normal_equations(nn.Linear(3, 3), [])
+    broken = toy_net()
+    broken[0].weight.data[0] = float("inf")
+    with pytest.raises(ValueError, match="0.weight"):
+        one_shot_compress(broken, toy_data().train.x, sparsity=0.5, **QUIET)
+
+
+TINY = {"one-shot-lenet-300-100": OneShot(sparsities=(0.9,), bits=(2,), both=((0.9, 4),), counts=(16,)),
+        "one-shot-lenet-5": dataclasses.replace(ONE_SHOT_LENET_5, sparsities=(0.9,), bits=(2,), both=((0.9, 4),))}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_experiments(tmp_path, name):
+    "On the digits, for an epoch; a second call finds everything that the first one left and says the same."
+    config = dataclasses.replace(TINY[name], dataset="digits", epochs=1, images=32)
+    run = find_experiment(name).run
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        once = run(config, 0, tmp_path)
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert run(config, 0, tmp_path) == once and {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == kept
+    networks = once["networks"]
+    assert {"dense", "cut-0.9", "once-0.9", "rounds-0.9", "nearest-2", "shared-2", "plain-0.9-4", "both-0.9-4"} <= networks.keys()
+    assert all(0 <= n["error_percent"] <= 100 and n["bytes"] > 0 for n in networks.values())
+    assert networks["both-0.9-4"]["bytes"] < networks["rounds-0.9"]["bytes"] < networks["dense"]["bytes"]
