@@ -252,7 +252,7 @@ def alternating_steps(
     model:nn.Module,                   # read only
     sparsities:Iterable[float|Mapping[str,float]],  # reached by both kinds in turn, each in [0, 1), or by weight name
 ) -> list[dict[str,float]]:            # for `iterative_prune`: by name, two rounds per sparsity
-    "Rounds in which only the convolutions (rank above 2), then only the dense layers are pruned (Han et al. 2015, sec. 3.3)."
+    "Rounds in which only the convolutions (rank above 2), then only the dense layers are pruned (after Han et al. 2015, sec. 3.3)."
     weights, sparsities = named_weights(model), list(sparsities)
     for s in sparsities: _targets(model, s, "layer", 0.0)
     kinds = [[name for name, w in weights.items() if (w.ndim > 2) == is_conv] for is_conv in (True, False)]

@@ -760,6 +760,6 @@ def equal_bytes_table(
         pairs = [(_error_at(r, "soft", size), _error_at(r, "kmeans", size)) for r in records]
         both = [p for p in pairs if None not in p]
         none = "–" if records else "not run yet: nncomp reproduce soft-curve-lenet-300-100 --seeds 5"
-        soft, plain = (mean_sd(side) if both else none for side in (zip(*both) if both else ((), ())))
+        soft, plain = (mean_sd(side, 2 if len(both) == 1 else None) if both else none for side in (zip(*both) if both else ((), ())))
         lines.append({"file, B": f"{size:,}", "soft weight sharing, error %": soft, "prune + k-means, error %": plain, "difference, points": difference(both, lambda p: p[0], lambda p: p[1], lower_is_better=True)})
     return require("pandas").DataFrame(lines)
