@@ -213,13 +213,15 @@ def check_plain(
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module, path = model.get_submodule(owner), owner.split(".")
-        if "parametrizations" in path: owner, leaf = ".".join(path[:path.index("parametrizations")]), path[path.index("parametrizations") + 1]
+        if "parametrizations" in path:
+            owner, leaf = ".".join(path[:path.index("parametrizations")]), path[path.index("parametrizations") + 1]
+            how = "finalize_sharing does it for shared tensors, torch.nn.utils.parametrize.remove_parametrizations for others"
         else:
             leaf, _, end = leaf.rpartition("_")
             if end not in ("orig", "g", "v") or not isinstance(vars(module).get(leaf), Tensor): continue      # as prune, spectral_norm and weight_norm name them
+            how = "nncomp.pruning.finalize_pruning(model) does it for pruned tensors, torch.nn.utils.remove_spectral_norm for that norm" if end == "orig" else "torch.nn.utils.remove_weight_norm does it"
         computed = f"{owner}.{leaf}".lstrip(".")
-        raise ValueError(f"{computed} is computed from {name}; make it plain first (finalize_sharing does it for shared tensors, "
-                         "torch.nn.utils.parametrize.remove_parametrizations for others), or name other tensors")
+        raise ValueError(f"{computed} is computed from {name}; make it plain first ({how}), or name other tensors")
 
 # %% ../nbs/00_core.ipynb #08d667f0
 def as_bytes(

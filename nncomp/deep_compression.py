@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 
 from .container import TRUSTED, Ledger, bit_patterns, inspect, load, save
 from .core import as_bytes, atomic_path, check_finite, check_fraction, check_int, check_plain, check_writable, default_device, named_by, named_weights, seed_everything, unwrap
-from .data import Data, load_data
+from .data import Data, check_data, load_data
 from .entropy import entropy_bits
 from .measure import compression_ratio, dense_bytes, sparsity
 from .models import create_model_for, model_input_shape
@@ -37,7 +37,7 @@ from .pruning import MaskCallback, apply_masks_
 from .results import experiment
 from .schedules import Pruner, _targets, grow_masks
 from .training import _check_loss, _lasting, callable_name, evaluate, fit, validate
-from .weight_sharing import _chosen, _owners, finalize_sharing, share_weights
+from .weight_sharing import _check_embeddings, _chosen, _owners, finalize_sharing, share_weights
 
 # %% ../nbs/40_deep_compression.ipynb #1ae88986
 def predict_bytes(
@@ -84,7 +84,7 @@ class Recipe:
     batch_size:int = 128        # images a step, in both
     weight_decay:float = 0.     # of the optimizer, in both (the L2 penalty of Han et al. 2015, *Learning both Weights and Connections*), at least 0
     coder:str = "huffman"       # "huffman" = Han's chain; "best" = whatever is smallest
-    skip:tuple[str,...] = ()    # weights neither pruned nor shared: names, or patterns such as "features.0.*"; they keep training, as biases do
+    skip:tuple[str,...] = ()    # weights neither pruned nor shared: names, or patterns such as "features.0.*"; they keep training, as biases do; frozen weights are treated like all others unless they are named here
 
     def __post_init__(self):
         for name, check in (("sparsity", check_fraction), ("bits", lambda v, name: check_int(v, 1, 16, name))):
@@ -291,8 +291,10 @@ def deep_compress(
 # %% ../nbs/40_deep_compression.ipynb #fc6e01d9
 def _check_task(model, data, loss) -> None:
     "Complain of what no chain can work with: data of another kind, tensors that others are computed from, numbers that are none."
-    if data is not None and not isinstance(data, Data): raise ValueError(f"data must be a `Data`, as from `load_data`, got a {type(data).__name__}; make one of three `Split`s of tensors, or `DatasetSplit`s of what a loader reads")
-    if data is not None: _check_loss(data, loss)
+    if not isinstance(model, nn.Module): raise ValueError(f"the model must be a module, got a {type(model).__name__}; a state dict is pruned and shared without training by nncomp.cli.compress_file, and written as it is by save")
+    if data is not None: _check_loss(check_data(data), loss)
+    inner = [name for name, m in model.named_modules() if name and "_orig_mod" in m._modules]
+    if inner: raise ValueError(f"{', '.join(inner)} is compiled by itself; compress the network before its parts are compiled, or compile these in place, by model.get_submodule(name).compile()")
     for name, p in model.named_parameters():
         if p.is_floating_point() and not p.is_meta: check_finite(p, name)
     if not any(parametrize.is_parametrized(m) for m in model.modules()): check_plain(model, [name for name, _ in model.named_parameters()])
@@ -303,10 +305,11 @@ def _check(model, data, recipe, path, loss) -> None:
     if not isinstance(recipe, Recipe): raise ValueError(f"recipe must be a Recipe or one of {', '.join(RECIPES)}, got {type(recipe).__name__}")
     check_writable(path)
     _check_task(model, data, loss)
-    if any(parametrize.is_parametrized(m) for m in model.modules()): raise ValueError("the model has parametrized tensors; make them plain first")
+    if any(parametrize.is_parametrized(m) for m in model.modules()): raise ValueError("the model has parametrized tensors; make them plain first (finalize_sharing does it for shared tensors, torch.nn.utils.parametrize.remove_parametrizations for others)")
     if not named_weights(model): raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
     _targets(model, recipe.by_tensor(model, "sparsity"), recipe.scope, recipe.floor)
     shared = [p for p, _ in _chosen(model, recipe.by_tensor(model, "bits"), False).values()]
+    _check_embeddings(model, shared, trainable=data is not None and recipe.share_epochs > 0)
     if data is None: warnings.warn("no data was given: nothing is retrained, which costs accuracy", stacklevel=3)
     elif recipe.share_epochs and any(isinstance(m, nn.RNNBase) for p in shared for m, _ in _owners(model, p)):
         raise ValueError("a recurrent layer cannot train shared values; use a recipe with share_epochs=0, or skip the layer")
@@ -330,7 +333,7 @@ def absorb_batch_norm(
     model:nn.Module,  # trained; left as it is
 ) -> nn.Module:       # a copy in evaluation mode with tensors of the same shapes; not to be trained further
     """Move what a batch normalisation does into its scale and shift (@eq-deep-absorb): its running mean becomes 0, its running variance 1, and so does
-    the bias 0 of a convolution or linear layer directly before it in a `Sequential`. The network computes the same up to rounding, and its file is smaller.
+    the bias 0 of a convolution or linear layer directly before it in a `Sequential`, whose output nothing else may read. The network computes the same up to rounding, and its file is smaller.
     A normalisation without scale and shift, or used twice, stays as it is."""
     model = copy.deepcopy(unwrap(model)).eval()
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

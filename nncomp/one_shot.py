@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYERS', 'ONE_SHOT_LENET_5', 'normal_equations', 'refit', 'descend', 'fit_values', 'one_shot_compress', 'OneShot',
-           'run_one_shot', 'one_shot_lenet_300_100', 'one_shot_lenet_5']
+           'run_one_shot', 'one_shot_lenet_300_100', 'one_shot_lenet_5', 'one_shot_table', 'one_shot_values_table']
 
 # %% ../nbs/42_one_shot.ipynb #c0500009
 import contextlib
@@ -332,3 +332,44 @@ def one_shot_lenet_300_100(config:OneShot, seed:int, folder:Path) -> dict:
 def one_shot_lenet_5(config:OneShot, seed:int, folder:Path) -> dict:
     "LeNet-5 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-5 --seeds 5`; about six minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
+
+# %% ../nbs/42_one_shot.ipynb #c0500038
+_NETS = {"one-shot-lenet-300-100": "sparsity-curve-lenet-300-100", "one-shot-lenet-5": "sparsity-curve-lenet-5"}
+
+
+def _error(arm: str) -> Callable:
+    "Test error (%) of an arm of a record."
+    return lambda r: r.metrics["networks"][arm]["error_percent"]
+
+
+def one_shot_table(
+    root:str|Path|None=None,     # as for `results_root`
+) -> "pandas.DataFrame":         # of text
+    "Test error by sparsity: after a cut alone, refitted, in rounds, and retrained for two epochs (seed by seed the same dense network)."
+    lines = []
+    for name, rival in _NETS.items():
+        records, trained = load_records(name, root), {r.seed: r for r in load_records(rival, root)}
+        if not records: lines.append({"network": f"not run yet: nncomp reproduce {name} --seeds 5"})
+        for s in records[0].config["sparsities"] if records else ():
+            retrained = lambda r: trained[r.seed].metrics["global"]["retrained"][trained[r.seed].config["sparsities"].index(s)]
+            both = [r for r in records if r.seed in trained]
+            lines.append({"network": records[0].metrics["model"], "sparsity": f"{s:g}", "dense, %": spread(records, _error("dense"), 2)}
+                         | {label: spread(records, _error(f"{arm}-{s:g}"), 2) for label, arm in (("cut alone, %", "cut"), ("refitted, %", "once"), ("in rounds, %", "rounds"))}
+                         | {"retrained, %": spread(both, retrained, 2), "in rounds against retrained, points": difference(both, _error(f"rounds-{s:g}"), retrained, lower_is_better=True)})
+    return require("pandas").DataFrame(lines).fillna("")
+
+
+def one_shot_values_table(
+    root:str|Path|None=None,     # as for `results_root`
+) -> "pandas.DataFrame":         # of text
+    "Test error and bytes of the file with few values, without and with pruning: k-means alone, and one shot."
+    lines = []
+    for name in _NETS:
+        records = load_records(name, root)
+        if not records: lines.append({"network": f"not run yet: nncomp reproduce {name} --seeds 5"})
+        arms = [("0", b, f"nearest-{b}", f"shared-{b}") for b in records[0].config["bits"]] + [(f"{s:g}", b, f"plain-{s:g}-{b}", f"both-{s:g}-{b}") for s, b in records[0].config["both"]] if records else ()
+        size = lambda arm: lambda r: r.metrics["networks"][arm]["bytes"]
+        for s, b, plain, shot in arms:
+            lines.append({"network": records[0].metrics["model"], "sparsity": s, "bits": b, "k-means alone, %": spread(records, _error(plain), 2), "its file, B": spread(records, size(plain), 0),
+                          "one shot, %": spread(records, _error(shot), 2), "file, B": spread(records, size(shot), 0), "one shot against k-means, points": difference(records, _error(shot), _error(plain), lower_is_better=True)})
+    return require("pandas").DataFrame(lines).fillna("")

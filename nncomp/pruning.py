@@ -254,7 +254,13 @@ def fisher_scores(
     return {name: _wide(check_finite(w, name)).abs() * _wide(squares[name]).sqrt() for name, w in weights.items()}
 
 # %% ../nbs/10_pruning.ipynb #a1fa0002
-_MULTIPLIES = (nn.Linear, nn.modules.conv._ConvNd)                # layers whose output is linear in each weight, with an input as its factor
+_MULTIPLIES = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+
+
+def _is_plain(layer: nn.Module, kinds: tuple[type, ...] = _MULTIPLIES) -> bool:
+    "Whether a layer multiplies its weight with its input and adds a bias, nothing else: not so where a subclass has a forward pass of its own."
+    same = lambda kind, name: getattr(type(layer), name, None) is getattr(kind, name, None)
+    return any(isinstance(layer, kind) and same(kind, "forward") and same(kind, "_conv_forward") for kind in kinds)
 
 
 def _squares(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
@@ -274,14 +280,15 @@ def wanda_scores(
     "How far a layer's output moves without each weight, |w| √E[Σ x²] (Sun et al. 2024; @eq-pruning-wanda); linear and convolution layers, a warning names weights of others."
     weights, sums, count = _some(named_weights(model)), {}, 0
     check_plain(model, weights)
-    by_id, like = {id(w): name for name, w in weights.items()}, next(iter(weights.values()))
+    elsewhere = {id(p) for m in model.modules() if not _is_plain(m) for p in m.parameters(recurse=False)}    # tied to an embedding, say, whose use is not seen
+    by_id, like = {id(w): name for name, w in weights.items() if id(w) not in elsewhere}, next(iter(weights.values()))
 
     def add(layer, args, kwargs):
         if torch.is_grad_enabled() or id(layer.weight) not in by_id: return           # the pass of `_squares` itself comes by here as well
         name = by_id[id(layer.weight)]
         sums[name] = sums.get(name, 0) + _squares(layer, args, kwargs)
 
-    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in model.modules() if isinstance(layer, _MULTIPLIES)]
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in model.modules() if _is_plain(layer)]
     try:
         with evaluating(model):
             for xb, _ in batches:
@@ -291,7 +298,7 @@ def wanda_scores(
         for hook in hooks: hook.remove()
     if not count: raise ValueError("there are no batches to see the inputs of the layers on")
     if missing := [name for name in weights if name not in sums]:
-        warnings.warn(f"no scores for {', '.join(missing)}: the input of a weight is seen in linear and convolution layers that the model calls; rank these by another rule, or leave them whole")
+        warnings.warn(f"no scores for {', '.join(missing)}: the input of a weight is seen in plain linear and convolution layers that the model calls; rank these by another rule, or leave them whole")
     return {name: check_finite(_wide(w).abs() * (sums[name] / count).sqrt(), f"the score of {name}") for name, w in weights.items() if name in sums}
 
 # %% ../nbs/10_pruning.ipynb #73db0c76

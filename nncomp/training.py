@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .core import _input_type, atomic_path, check_int, checksum, default_device, evaluating, named_weights, require, unwrap
-from .data import Batches, Data, Split
+from .data import Batches, Data, Split, check_data
 
 # %% ../nbs/03_training.ipynb #63a24fca
 def _one_cycle(step, total):
@@ -102,7 +102,7 @@ def _logits(model, xb):
     out = model(xb.to(_input_type(xb, dtype)))
     if not isinstance(out, Tensor) or out.ndim != 2:
         what = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-        raise ValueError(f"the model must return logits of shape (n, classes), got {what}; wrap it in a module that does, or give a loss that knows what to do with it")
+        raise ValueError(f"the model must return logits of shape (n, classes), got {what}; wrap it in a module that does, or give a loss that knows what to do with it and data with num_classes=0")
     return out
 
 
@@ -461,7 +461,7 @@ _FORMAT = "nncomp training checkpoint 1"
 def _identity(model, data, settings, callbacks, loss, augment):
     "Everything that must be equal for a run to be continued."
     shapes = {f"tensor {key}": f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
-    shapes |= {f"module {name or 'itself'}": _lasting(m) for name, m in unwrap(model).named_modules() if not any(m.children())}
+    shapes |= {f"module {name or 'itself'}": _lasting(m) for name, m in unwrap(model).named_modules() if next(m.children(), None) is None}
     shapes |= {"frozen": ", ".join(name for name, p in unwrap(model).named_parameters() if not p.requires_grad)}
     return asdict(settings) | dict(data=f"{data.name}, {data.train.fingerprint()}", callbacks=[f"{callable_name(type(c))} {c.identity()}".strip() for c in callbacks], loss=callable_name(loss), augment=callable_name(augment)) | shapes
 
@@ -537,8 +537,8 @@ def _surroundings(run, plan, checkpoint):
         if plan.settings.channels_last: run.model.to(memory_format=torch.channels_last)
         with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []): yield
     except KeyboardInterrupt:
-        if plan.kept: how = f"{checkpoint} holds {plan.kept} of {plan.settings.epochs} epochs; call fit again with the same arguments to go on"
-        else: how = "nothing was kept" + ("; name a file with checkpoint=PATH to be able to go on" if checkpoint is None else "")
+        if plan.kept: how = f"{checkpoint} holds {plan.kept} of {plan.settings.epochs} epochs; the same call goes on from there"
+        else: how = "nothing was kept" + ("; name a file with checkpoint=PATH (in `fit`), or a folder with folder=PATH (in whole chains), to be able to go on" if checkpoint is None else "")
         raise KeyboardInterrupt(f"stopped in epoch {run.epoch + 1}: {how}") from None
     finally:
         if checkpoint is not None: _LEFT[run.model] = checksum(run.model.state_dict().values())
@@ -579,6 +579,8 @@ def _prepare(model, data, settings, callbacks, loss, augment, device):
     if not len(batches): raise ValueError(f"the training split of {data.name!r} is empty")
     _check_loss(data, loss)
     if not any(p.requires_grad for p in model.parameters()): raise ValueError("the model has no parameter that requires a gradient, so there is nothing to train")
+    if settings.optimizer != "sgd" and any(p.dtype == torch.float16 and p.requires_grad for p in model.parameters()):
+        raise ValueError(f"the model's parameters are float16, too coarse for the sums of {settings.optimizer!r}: train it in float32 (with mixed_precision='fp16' for speed) or in bfloat16")
     optimizer = _OPTIMIZERS[settings.optimizer]([p for p in model.parameters() if p.requires_grad], settings)
     run = Run(model, optimizer, data, device, len(batches), settings.epochs * len(batches))
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
@@ -632,6 +634,7 @@ def fit(
 ) -> list[dict]:               # per epoch: epoch, loss, accuracy, valid_loss, valid_accuracy, lr, seconds
     "Train a network by @eq-training-penalty; where the answers are classes, it is judged by cross entropy and accuracy, else by `loss` (so with `num_classes` 0). ValueError for settings or a checkpoint that do not fit, FloatingPointError for a loss that is not finite."
     settings = _Settings(epochs, lr, batch_size, optimizer, schedule, weight_decay, momentum, l1, l2, seed, channels_last, mixed_precision)
+    check_data(data)
     saved = claim = None
     if checkpoint is not None: saved, claim = _claim(checkpoint, model, _identity(model, data, settings, callbacks, loss, augment), _world(device)[0].is_main_process)
     run, plan = _prepare(model, data, settings, callbacks, loss, augment, device)

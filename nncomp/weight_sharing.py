@@ -239,6 +239,13 @@ def _attach(owners, p, shared):
         if isinstance(shared, SharedWeight): module.parametrizations[leaf].register_load_state_dict_pre_hook(_resize)
 
 
+def _check_embeddings(model, parameters, trainable):
+    "Complain about tables of rows whose values would not stay shared, or cannot be trained as shared ones."
+    for module in (m for p in parameters for m, _ in _owners(model, p)):
+        if getattr(module, "max_norm", None) is not None: raise ValueError(f"an embedding with max_norm={module.max_norm} rescales its rows at every use, so that they do not keep shared values; set max_norm to None, or leave it out")
+        if trainable and getattr(module, "sparse", False): raise ValueError("an embedding with sparse=True gives sparse gradients, by which shared values cannot be trained; set sparse to False, or use trainable=False")
+
+
 def _check_recurrent(model, parameters):
     "Complain about layers that cannot train shared values."
     if any(isinstance(module, nn.RNNBase) for p in parameters for module, _ in _owners(model, p)):
@@ -291,6 +298,7 @@ def share_weights(
     plan, importance = {}, _check_importance(importance, dict(model.named_parameters()))
     for name, (p, b) in chosen.items():
         plan[name] = p, *_cluster(_values(p, name), 2**b, lam, keep_zero, drop, importance.get(name), dict(init=init, generator=generator))
+    _check_embeddings(model, [p for p, *_ in plan.values()], trainable)
     if trainable: _check_recurrent(model, [p for p, *_ in plan.values()])
     for p, codebook, assignments in plan.values():
         if trainable: _attach(_owners(model, p), p, Moving(p, codebook) if moving else SharedWeight(codebook, assignments))

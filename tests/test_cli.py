@@ -358,3 +358,15 @@ def test_a_program_that_calls_main_keeps_its_signal_handlers(tmp_path, capsys):
     for argv, code in ((["inspect", str(tmp_path / "a.nncomp")], 0), (["inspect", str(tmp_path / "none")], 2)):
         assert main(argv) == code
         assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_file_that_needs_trust_says_so(tmp_path):
+    "Zeros shrink beyond what `expand` takes without being told; the number in the warning is enough."
+    from nncomp.cli import compress_file, expand_file
+    torch.save({"w": torch.zeros(3000, 3000)}, tmp_path / "zeros.pt")
+    with pytest.warns(UserWarning, match="expand --max-expansion") as caught:
+        compress_file(tmp_path / "zeros.pt", tmp_path / "zeros.nncomp", progress=False)
+    needed = int(str(caught[0].message).rstrip("`").rpartition(" ")[2])
+    with pytest.raises(ValueError, match="max_expansion"):
+        expand_file(tmp_path / "zeros.nncomp", tmp_path / "zeros.safetensors")
+    expand_file(tmp_path / "zeros.nncomp", tmp_path / "zeros.safetensors", max_expansion=needed)

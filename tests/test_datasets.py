@@ -326,3 +326,26 @@ def test_workers_are_gone_after_an_interrupt_and_after_an_error():
     with pytest.raises(OSError, match="the disk is gone") as _error:
         evaluate(nn.Linear(3, 3), broken)
     assert not multiprocessing.active_children()
+
+
+class WithHistory(torch.utils.data.Dataset):
+    "Items that require a gradient, which no process can send to another."
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        return torch.ones(1, 8, 8).requires_grad_() * i, i % 4
+
+
+def test_examples_leave_their_history_behind():
+    for workers in (0, 2):
+        xb, _ = next(iter(DatasetSplit(WithHistory(), num_workers=workers).in_order(10)))
+        assert not xb.requires_grad and float(xb[3].mean()) == 3
+
+
+def test_labels_to_split_by_may_be_a_list():
+    labels = [0, 1, 2] * 10
+    expected = stratified_split(torch.tensor(labels), 6)
+    streamed = DatasetSplit([(torch.zeros(1, 2, 2), y) for y in labels])
+    for y in (labels, np.array(labels), streamed.y):
+        assert all(torch.equal(a, b) for a, b in zip(stratified_split(y, 6), expected))

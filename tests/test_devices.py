@@ -120,6 +120,20 @@ def training():
 
 
 @flow
+def one_shot():
+    from nncomp.core import named_weights
+    from nncomp.one_shot import one_shot_compress
+    from nncomp.pruning import wanda_scores
+    model, data = dense(), digits()
+    assert next(model.parameters()).is_cuda
+    for images in (data.train.x[:64].cpu(), data.train.x[:64].cuda()):
+        small = one_shot_compress(model, images, sparsity=0.8, bits=3, rounds=2, progress=False)
+        assert all(p.is_cuda for p in small.parameters()) and all(len(w.unique()) <= 8 for w in named_weights(small).values())
+        wanda_scores(small, [(images, None)])
+    assert not one_shot_compress(copy.deepcopy(model).cpu(), images, sparsity=0.8, progress=False)[1].weight.is_cuda
+
+
+@flow
 def masks():
     from nncomp import pruning as p
     from nncomp.core import named_weights, seed_everything

@@ -12,7 +12,7 @@ from toys import toy_data, toy_net
 
 from nncomp import cli
 from nncomp.container import load, save
-from nncomp.core import check_writable
+from nncomp.core import check_writable, seed_everything
 from nncomp.data import Data, Split, load_data
 from nncomp.deep_compression import Recipe, deep_compress, run_tag
 from nncomp.distillation import Ensemble, Matching, cache_logits, distill, watch
@@ -25,7 +25,7 @@ from nncomp.schedules import Pruner, iterative_prune, sensitivity_scan, suggest_
 from nncomp.soft_weight_sharing import SoftRecipe, soft_compress
 from nncomp.squeezenet import fireify, fold_batch_norm
 from nncomp.training import callable_name, evaluate, fit, validate
-from nncomp.weight_sharing import weight_importance
+from nncomp.weight_sharing import share_weights, weight_importance
 
 QUIET = {"progress": False, "device": "cpu"}
 QUICK = Recipe(prune_epochs=1, share_epochs=1, batch_size=32)
@@ -606,3 +606,60 @@ def test_rounds_of_pruning_train_in_mixed_precision(tmp_path):
     for net, precision in zip(nets, (None, "bf16")):
         iterative_prune(net, toy_data(), [0.5], epochs=2, lr=1e-2, batch_size=32, mixed_precision=precision, **QUIET)
     assert not torch.equal(nets[0][0].weight, nets[1][0].weight) and torch.equal(nets[0][4].weight == 0, nets[1][4].weight == 0)
+
+
+# --- what is refused before any work is done ---
+
+def test_parts_that_are_compiled_by_themselves_are_named(tmp_path):
+    model = toy_net()
+    model[0] = torch.compile(model[0], backend="eager")
+    for compress, recipe in ((deep_compress, QUICK), (soft_compress, SoftRecipe(epochs=1))):
+        with pytest.raises(ValueError, match="^0 is compiled by itself.*before its parts are compiled"):
+            compress(model, toy_data(), recipe, path=tmp_path / "a.nncomp", **QUIET)
+    assert not list(tmp_path.iterdir())
+    fit(model, toy_data(), epochs=1, checkpoint=tmp_path / "run.pt", **QUIET)                # training has no quarrel with it
+
+
+def test_float16_models_are_refused_where_adam_cannot_train_them(tmp_path):
+    half = toy_net().half()
+    for train in (lambda: fit(half, toy_data(), epochs=1, **QUIET),
+                  lambda: deep_compress(half, toy_data(), QUICK, path=tmp_path / "a.nncomp", **QUIET)):
+        with pytest.raises(ValueError, match="float16, too coarse for the sums of 'adam'.*bfloat16"):
+            train()
+    fit(half, toy_data(), epochs=1, optimizer="sgd", **QUIET)
+
+
+@pytest.mark.parametrize("options, text", [(dict(max_norm=1.0), "max_norm=1.0 rescales"), (dict(sparse=True), "sparse=True gives sparse")])
+def test_embeddings_that_cannot_share(options, text, tmp_path):
+    seed_everything(0)
+    model = nn.Sequential(nn.Embedding(20, 8, **options), nn.Flatten(), nn.Linear(32, 3))
+    part = Split(torch.randint(0, 20, (40, 4)), torch.arange(40) % 3)
+    before = copy.deepcopy(model.state_dict())
+    for call in (lambda: share_weights(model, 3, trainable=True),
+                 lambda: deep_compress(model, Data("tokens", part, part, part, 3), QUICK, path=tmp_path / "a.nncomp", **QUIET)):
+        with pytest.raises(ValueError, match=text):
+            call()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    if "sparse" in options:
+        share_weights(model, 3)
+
+
+@pytest.mark.parametrize("y", [torch.tensor([0, 1, 3]), torch.tensor([0, -1, 2])])
+def test_classes_that_are_none(y):
+    part = Split(torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="the classes of valid must lie in 0…2, got"):
+        Data("toy", part, Split(part.x, y), part, 3)
+    Data("toy", part, Split(part.x, torch.tensor([0, -100, 2])), part, 3)                     # what cross entropy leaves out
+    with pytest.raises(ValueError, match="y of train must be a tensor, got a ndarray"):
+        Data("toy", Split(part.x, part.y.numpy()), part, part, 3)
+
+
+@pytest.mark.parametrize("wrong", [toy_data().train, torch.utils.data.DataLoader(torch.arange(4)), {}])
+def test_fit_says_what_data_it_takes(wrong):
+    with pytest.raises(ValueError, match="data must be a `Data`.*DatasetSplit"):
+        fit(toy_net(), wrong, epochs=1, **QUIET)
+
+
+def test_a_state_dict_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="must be a module, got a OrderedDict.*compress_file"):
+        deep_compress(toy_net().state_dict(), toy_data(), QUICK, path=tmp_path / "a.nncomp", **QUIET)

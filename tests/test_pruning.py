@@ -554,6 +554,26 @@ def test_wanda_with_layers_it_cannot_see():
         wanda_scores(toy_net(), [])
 
 
+class Rectified(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+def test_wanda_of_layers_that_do_more_than_multiply():
+    net = nn.Sequential(Standardised(1, 3, 3), nn.Flatten(), Rectified(108, 5), nn.Linear(5, 4))
+    with pytest.warns(UserWarning, match="no scores for 0.weight, 2.weight: .* plain linear"):
+        assert set(wanda_scores(net, [(torch.randn(4, 1, 8, 8), None)])) == {"3.weight"}
+    tied = nn.Sequential(nn.Embedding(7, 5), nn.Flatten(), nn.Linear(10, 5), nn.Linear(5, 7, bias=False))
+    tied[3].weight = tied[0].weight
+    with pytest.warns(UserWarning, match="no scores for 0.weight"):
+        assert set(wanda_scores(tied, [(torch.randint(0, 7, (4, 2)), None)])) == {"2.weight"}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_wanda_in_other_types_and_under_autocast(dtype):
     data = toy_data()

@@ -338,7 +338,7 @@ def test_ctrl_c(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode != 0 and "call fit again with the same arguments to go on" in error
+    assert process.returncode != 0 and "the same call goes on from there" in error
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
     assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] >= 1
 
