@@ -7,8 +7,8 @@ __all__ = ['LAYERS', 'ONE_SHOT_LENET_5', 'normal_equations', 'refit', 'descend',
            'run_one_shot', 'one_shot_lenet_300_100', 'one_shot_lenet_5', 'one_shot_table', 'one_shot_values_table']
 
 # %% ../nbs/42_one_shot.ipynb #c0500009
-import contextlib
 import copy
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from .data import load_data
 from .deep_compression import Recipe
 from .kmeans import kmeans_1d
 from .models import create_model_for, model_input_shape
-from .pruning import apply_masks_, drop_lowest
+from .pruning import _is_plain, apply_masks_, drop_lowest
 from .results import difference, experiment, load_records, spread
 from .schedules import grow_masks
 from .training import evaluate, fit
@@ -41,7 +41,7 @@ def _columns(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear): return x.reshape(1, -1, x.shape[-1])
     d, g, bias = layer.weight[0].numel(), layer.groups, {} if layer.bias is None else {"bias": x.new_zeros(layer.weight[0].numel() * layer.groups)}
     units = torch.eye(d, dtype=x.dtype, device=x.device).view(d, *layer.weight.shape[1:]).repeat(g, *[1] * (layer.weight.ndim - 1))
-    return functional_call(layer, {"weight": units} | bias, (x,)).movedim(1, -1).reshape(-1, g, d).transpose(0, 1)
+    with torch.autocast(x.device.type, enabled=False): return functional_call(layer, {"weight": units} | bias, (x,)).movedim(1, -1).reshape(-1, g, d).transpose(0, 1)
 
 
 def _answers(layer: nn.Module, y: Tensor) -> Tensor:
@@ -57,19 +57,28 @@ def _stacked(layer: nn.Module) -> Tensor:
     return w if layer.bias is None else torch.cat([w, layer.bias.detach().double().view(g, -1, 1)], -1)
 
 
+def _in_parts(layer: nn.Module, x: Tensor, y: Tensor, entries: int = 2**23) -> Iterator[tuple[Tensor, Tensor]]:
+    "Some images at a time, so that their columns have about `entries` numbers at most; an image's own are never divided."
+    if x.ndim == (1 if isinstance(layer, nn.Linear) else layer.weight.ndim - 1): x, y = x[None], y[None]
+    columns = y.numel() // len(layer.weight) * layer.weight[0].numel() * getattr(layer, "groups", 1)
+    size = max(1, len(x) * entries // max(columns, 1))
+    yield from zip(x.split(size), y.split(size))
+
+
 @torch.no_grad()
 def normal_equations(
     layer:nn.Module,  # one of `LAYERS`
     seen:Iterable[tuple[Tensor,Tensor]],  # what the layer is shown, and what it should answer; batches, at least one
     *,
-    ridge:float=0.01, # λ as a fraction of the mean square of an input, above 0
-) -> tuple[Tensor,Tensor]:  # G (groups, d, d) and c (groups, rows, d), float64; with a bias, d counts a column of ones
+    ridge:float=0.01, # λ as a fraction of the mean of the diagonal of XᵀX, above 0
+) -> tuple[Tensor,Tensor]:  # G (groups, d, d) and c (groups, rows, d), float64, 8 d² bytes a group; with a bias, d counts a column of ones
     "The sums that least squares needs of a layer's inputs and of the answers it should give (@eq-oneshot-sums)."
+    if not _is_plain(layer, LAYERS): raise ValueError(f"a {type(layer).__name__} is no plain linear or convolution layer")
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < math.inf: raise ValueError(f"ridge must be finite and above 0, got {ridge!r}")
     gram = cross = 0
-    for x, y in seen:
-        x, y = _columns(layer, x.float() if x.dtype != torch.float64 else x), _answers(layer, y).double()
+    for x, y in (part for x, y in seen for part in _in_parts(layer, x.double(), y)):
+        x, y = _columns(layer, x), _answers(layer, y).double()
         if layer.bias is not None: x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-        x = x.double()
         gram, cross = gram + x.mT @ x, cross + y.mT @ x
     if isinstance(gram, int): raise ValueError("there is no batch of inputs; the layer has to be used when the model sees images")
     lam = ridge * check_finite(gram, "what the layer is shown").diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-12)
@@ -82,7 +91,7 @@ def refit(
     gram:Tensor,     # G, (groups, d, d)
     cross:Tensor,    # c, (groups, rows, d)
     *,
-    steps:int=200,   # at most
+    steps:int=200,   # at most; what is reached by then is returned
     tolerance:float=1e-5,  # of the residual, as a fraction of c
 ) -> Tensor:         # (groups, rows, d), zero where `mask` is False
     "Least squares for every row at once (@eq-oneshot-problem), by conjugate gradients (Hestenes & Stiefel 1952)."
@@ -163,6 +172,7 @@ def _share(weights: Tensor, mask: Tensor, k: int, free: int, gram: Tensor, cross
     for _ in range(passes):
         weights = descend(weights, mask, values, gram, cross, free=free, sweeps=sweeps)
         labels = torch.where(stays, torch.bucketize(weights[..., :free].contiguous(), (values[1:] + values[:-1]) / 2), -1)
+        if k > 256: break                                                      # so many values need no fitting, and their equations would be large
         values = fit_values(weights, labels, values, gram, cross)
         weights = torch.cat([torch.where(stays, values[labels], 0.), weights[..., free:]], -1)
         values = values.sort().values
@@ -171,61 +181,71 @@ def _share(weights: Tensor, mask: Tensor, k: int, free: int, gram: Tensor, cross
     return torch.cat([weights[..., :free], weights[..., free:] + slope], -1)
 
 # %% ../nbs/42_one_shot.ipynb #c0500029
-@contextlib.contextmanager
-def _watching(layer: nn.Module) -> Iterator[list]:
-    "A list that fills with what the layer is shown and what it gives, at each use."
-    uses = []
-    hook = layer.register_forward_hook(lambda _, args, out: uses.append((args[0], out)))
-    try: yield uses
-    finally: hook.remove()
-
-
 def _shown(model: nn.Module, images: Tensor) -> Tensor:
     "Pass images through a model, in the model's type and on its device."
     like = next(model.parameters())
     return model(images.to(like.device, _input_type(images, like.dtype)))
 
 
-def _in_order(model: nn.Module, images: Tensor) -> list[str]:
-    "Names of the layers that can be fitted, in the order in which they run; a warning names the weights of others."
-    names = {id(w): name for name, w in named_weights(model).items()}
-    uses, found = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False)), []
-    own = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS) and id(m.weight) in names and uses[id(m.weight)] == 1}
-    hooks = [m.register_forward_pre_hook(lambda *_, name=name: found.append(name)) for name, m in own.items()]
-    try:
-        with evaluating(model): _shown(model, images[:1])
+def _uses(model: nn.Module, layer: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    "What a layer is shown and what it gives, at each use: copies, since what comes later may change them in place."
+    shown, given = [], []
+    hooks = [layer.register_forward_pre_hook(lambda _, args, kwargs: shown.append((args[0] if args else kwargs["input"]).clone()), with_kwargs=True),
+             layer.register_forward_hook(lambda _, args, out: given.append(out.clone()))]
+    try: _shown(model, images)
     finally:
         for hook in hooks: hook.remove()
-    fitted = {id(own[name].weight) for name in found}
-    if rest := [name for w, name in names.items() if w not in fitted]:
-        warnings.warn(f"left as they are: {', '.join(rest)}; one shot takes linear and convolution layers that the model calls, with a weight of their own", stacklevel=3)
-    return list(dict.fromkeys(found))
+    return list(zip(shown, given))
+
+
+def _in_order(model: nn.Module, images: Tensor) -> dict[str, str]:
+    "Layers that can be fitted, in the order in which they run, each with the name of its weight."
+    names = {id(w): name for name, w in named_weights(model).items()}
+    uses, found = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False)), {}
+    own = {name: m for name, m in model.named_modules() if _is_plain(m, LAYERS) and id(m.weight) in names and all(uses[id(p)] == 1 for p in m.parameters())}
+    hooks = [m.register_forward_pre_hook(lambda m, _, name=name: found.update({name: names[id(m.weight)]})) for name, m in own.items()]
+    try:
+        with evaluating(model): _shown(model, images)
+    finally:
+        for hook in hooks: hook.remove()
+    return found
 
 # %% ../nbs/42_one_shot.ipynb #c0500030
 def _fit_layer_(dense: nn.Module, model: nn.Module, name: str, images: Tensor, batch_size: int, n_drop: int, bits: int | None, rounds: int, ridge: float) -> None:
     "Prune and share one layer of `model` so that it answers as that of `dense`."
     layer, target = model.get_submodule(name), dense.get_submodule(name)
-    with evaluating(model), evaluating(dense), _watching(layer) as ours, _watching(target) as theirs:
-        def seen():
-            for xb in images.split(batch_size):
-                ours.clear(), theirs.clear(), _shown(model, xb), _shown(dense, xb)
-                yield from [(x, y) for (x, _), (_, y) in zip(ours, theirs)]
-        gram, cross = normal_equations(layer, seen(), ridge=ridge)
+    def seen():
+        for xb in images.split(batch_size):
+            ours, theirs = _uses(model, layer, xb), _uses(dense, target, xb)
+            if [len(x) for x, _ in ours] != [len(x) for x, _ in theirs]:
+                raise ValueError(f"{name} is used differently by the two networks, as where a model chooses its way by the data; name it in skip")
+            yield from ((x, y) for (x, _), (_, y) in zip(ours, theirs))
+    with evaluating(model), evaluating(dense): gram, cross = normal_equations(layer, seen(), ridge=ridge)
     weights, free = _stacked(layer), layer.weight[0].numel()
     mask = (weights != 0) | (torch.arange(weights.shape[-1], device=weights.device) >= free)      # zeros stay zero, a bias may be any number
     weights, mask = _cut(weights, mask, n_drop, rounds if n_drop else 1, free, gram, cross)
     if bits is not None: weights = _share(weights, mask, 2**bits - int(not mask.all()), free, gram, cross)
     with torch.no_grad():
         layer.weight.copy_(check_finite(weights[..., :free], f"what was found for {name}").reshape(layer.weight.shape))
-        if layer.bias is not None: layer.bias.copy_(weights[..., free].flatten())
+        if layer.bias is not None: layer.bias.copy_(check_finite(weights[..., free], f"what was found for the bias of {name}").flatten())
 
 
 def _by_name(model: nn.Module, chosen, field: str) -> dict:
     "A setting for each weight that has one; ValueError for a name that is no weight's."
     names = named_weights(model)
+    if not names: raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
+    check_plain(model, names)
     if not isinstance(chosen, Mapping): return dict.fromkeys(names, chosen)
     if wrong := chosen.keys() - names.keys(): raise ValueError(f"{field} names {', '.join(sorted(wrong))}, and the weights are {', '.join(names)}")
     return dict(chosen)
+
+
+def _check_left(left: Sequence[str], *settings) -> None:
+    "A warning for weights that cannot be fitted; ValueError where a setting names one, or nothing else is there."
+    if not left: return
+    why = "one shot fits plain linear and convolution layers that the model calls, with a weight and a bias of their own"
+    if named := [name for name in left if any(isinstance(s, Mapping) and name in s for s in settings)]: raise ValueError(f"{', '.join(named)} cannot be fitted: {why}")
+    warnings.warn(f"left as they are: {', '.join(left)}; {why}", stacklevel=3)
 
 
 def _check_images(images) -> None:
@@ -239,7 +259,7 @@ def one_shot_compress(
     model:nn.Module,  # trained; left as it is, a copy is compressed
     images:Tensor,    # (n, …), what the model is shown, of the kind it will meet; some hundreds are enough; no labels
     *,
-    sparsity:float|Mapping[str,float]=0.,  # fraction of the weights to remove, see `Recipe`
+    sparsity:float|Mapping[str,float]=0.,  # fraction to remove of the weights that are fitted, see `Recipe`
     bits:int|Mapping[str,int]|None=None,   # at most 2**bits values a layer, see `Recipe`; None = values are not shared
     scope:str="global",    # what goes of each layer: by rank over the whole model, or "layer": the same share of each
     floor:float=0.01,      # least fraction of a layer that stays
@@ -253,16 +273,17 @@ def one_shot_compress(
     "Prune and share without training: layer by layer, so that it answers as before (@eq-oneshot-problem; Frantar & Alistarh 2022)."
     model = unwrap(model)
     plan = Recipe(sparsity=sparsity, bits=16 if bits is None else bits, scope=scope, floor=floor, skip=skip)
-    _check_images(images), check_int(rounds, 1, name="rounds"), check_int(batch_size, 1, name="batch_size"), check_plain(model, named_weights(model))
-    if not 0 < ridge < float("inf"): raise ValueError(f"ridge must be finite and above 0, got {ridge}")
+    _check_images(images), check_int(rounds, 1, name="rounds"), check_int(batch_size, 1, name="batch_size")
+    goals, codes = (_by_name(model, plan.by_tensor(model, field), field) for field in ("sparsity", "bits"))
+    goals, codes = {name: s for name, s in goals.items() if s}, {} if bits is None else codes
+    if not goals and not codes: raise ValueError("there is nothing to do: give a sparsity above 0, or bits")
     dense = copy.deepcopy(model).to(device or default_device()).eval()
     small = copy.deepcopy(dense)
-    goals, codes = (_by_name(small, plan.by_tensor(model, field), field) for field in ("sparsity", "bits"))
-    layers = [(name, f"{name}.weight".removeprefix(".")) for name in _in_order(small, images)]
-    goals = {own: goals[own] for _, own in layers if goals.get(own)}
+    layers = {name: own for name, own in _in_order(small, images[:batch_size]).items() if own in goals or own in codes}
+    _check_left([name for name in goals | codes if name not in layers.values()], sparsity, bits)
+    goals = {own: goals[own] for own in layers.values() if own in goals}
     drops = {own: int((~m).sum()) for own, m in (grow_masks(small, goals, scope=scope, floor=floor) if goals else {}).items()}
-    codes = codes if bits is not None else {}
-    for name, own in tqdm([pair for pair in layers if pair[1] in drops or pair[1] in codes], desc="one shot", unit="layer", disable=not progress):
+    for name, own in tqdm(layers.items(), desc="one shot", unit="layer", disable=not progress):
         _fit_layer_(dense, small, name, images, batch_size, drops.get(own, 0), codes.get(own), rounds, ridge)
     return small.to(next(model.parameters()).device)
 
@@ -324,13 +345,13 @@ def run_one_shot(
 
 @experiment("one-shot-lenet-300-100")
 def one_shot_lenet_300_100(config:OneShot, seed:int, folder:Path) -> dict:
-    "LeNet-300-100 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-300-100 --seeds 5`; about five minutes a seed on one CPU core."
+    "LeNet-300-100 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-300-100 --seeds 5`; about two minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 
 @experiment("one-shot-lenet-5", configs=[ONE_SHOT_LENET_5])
 def one_shot_lenet_5(config:OneShot, seed:int, folder:Path) -> dict:
-    "LeNet-5 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-5 --seeds 5`; about six minutes a seed on one CPU core."
+    "LeNet-5 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-5 --seeds 5`; about four minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 # %% ../nbs/42_one_shot.ipynb #c0500038

@@ -12,7 +12,7 @@ from torch import nn
 from toys import toy_data, toy_net
 
 from nncomp.core import count_nonzero, named_weights, seed_everything
-from nncomp.one_shot import ONE_SHOT_LENET_5, OneShot, descend, fit_values, normal_equations, one_shot_compress, refit
+from nncomp.one_shot import ONE_SHOT_LENET_5, OneShot, _in_parts, descend, fit_values, normal_equations, one_shot_compress, refit
 from nncomp.results import find_experiment
 from nncomp.training import evaluate, fit
 
@@ -116,6 +116,11 @@ def test_what_cannot_be_fitted_is_named_and_left():
     state = copy.deepcopy(net.state_dict())
     with pytest.warns(UserWarning, match="left as they are: table.weight, a.weight, up.weight, idle.weight"):
         small = one_shot_compress(net.train(), ids, sparsity=0.5, bits=2, **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                                       # what is skipped needs no word
+        one_shot_compress(net, ids, bits=2, skip=("table.*", "a.*", "up.*", "idle.*"), **QUIET)
+    with pytest.raises(ValueError, match="a.weight cannot be fitted: .* plain linear"):
+        one_shot_compress(net, ids, bits={"a.weight": 2, "head.weight": 3}, **QUIET)
     for name, t in net.state_dict().items():
         assert torch.equal(t, state[name])
     assert net.training and not small.training
@@ -124,6 +129,80 @@ def test_what_cannot_be_fitted_is_named_and_left():
     assert changed == {"twice.weight", "twice.bias", "head.weight", "head.bias"}
     assert all(len(small.get_parameter(name).unique()) <= 4 for name in ("twice.weight", "head.weight"))
     assert count_nonzero([small.twice.weight, small.head.weight]) == 22
+
+
+class Block(nn.Module):
+    "A residual step and a rectifier, in place or not; a layer that is called by keyword."
+    def __init__(self, in_place):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.relu, self.in_place = nn.ReLU(inplace=in_place), in_place
+
+    def forward(self, x):
+        h = self.relu(self.a(x))
+        y = self.b(h)
+        if self.in_place:
+            h += y
+        else:
+            h = h + y
+        return self.c(input=h)
+
+
+def test_what_is_changed_in_place_later_was_seen_before():
+    x, found = torch.randn(60, 6, generator=torch.Generator().manual_seed(0)), []
+    for in_place in (False, True):
+        seed_everything(0)
+        found.append(one_shot_compress(Block(in_place), x, sparsity=0.5, bits=3, **QUIET).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values()))
+
+
+class Routed(nn.Module):
+    "Each row goes to one of two layers, by what the first layer says."
+    def __init__(self):
+        super().__init__()
+        self.gate, self.left, self.right = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.gate(x)
+        out, left = h.new_zeros(len(h), 3), h[:, 0] > 0
+        out[left], out[~left] = self.left(h[left]), self.right(h[~left])
+        return out
+
+
+class Centred(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+
+def test_layers_that_do_more_or_go_elsewhere():
+    seed_everything(0)
+    with pytest.raises(ValueError, match="left is used differently by the two networks.*skip"):
+        one_shot_compress(Routed(), torch.randn(90, 6), sparsity=0.7, **QUIET)
+    net = nn.Sequential(Centred(6, 5), nn.Linear(5, 4))
+    with pytest.warns(UserWarning, match="left as they are: 0.weight"):
+        small = one_shot_compress(net, torch.randn(50, 6), sparsity=0.5, **QUIET)
+    assert torch.equal(small[0].weight, net[0].weight) and count_nonzero([small[1].weight]) == 10
+    with pytest.raises(ValueError, match="is no plain linear"):
+        normal_equations(net[0], [(torch.randn(4, 6), torch.randn(4, 5))])
+    with pytest.raises(ValueError, match="has no weights"):
+        one_shot_compress(nn.ReLU(), torch.randn(4, 6), sparsity=0.5, **QUIET)
+
+
+def test_sums_do_not_depend_on_how_images_are_divided():
+    seed_everything(0)
+    layer, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(6, 3, 20, 20)
+    whole = normal_equations(layer, [(x, layer(x))])
+    assert [len(part) for part, _ in _in_parts(layer, x, layer(x), entries=2 * 400 * 27)] == [2, 2, 2]
+    for seen in ([(t, layer(t)) for t in x.split(4)], [(t, layer(t)) for t in x], [(x.to(memory_format=torch.channels_last), layer(x))]):
+        for a, b in zip(normal_equations(layer, seen), whole):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-4)
+
+
+def test_many_values_need_no_fitting():
+    net, data = toy_net(), toy_data()
+    small = one_shot_compress(net, data.train.x[:32], bits=12, **QUIET)
+    for a, b in zip(named_weights(net).values(), named_weights(small).values()):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
 
 
 def test_gradients_and_modes_are_as_before():
@@ -157,7 +236,7 @@ def test_it_repairs_a_cut():
 
 @pytest.mark.parametrize("options, text", [
     (dict(sparsity=0.5, bits=17), "bits"), (dict(sparsity=1.5), "sparsity"), (dict(rounds=0), "rounds"),
-    (dict(ridge=float("nan")), "ridge"),
+    (dict(sparsity=0.5, ridge=float("nan")), "ridge"), (dict(sparsity=0.5, ridge="0.1"), "ridge"), (dict(), "nothing to do"),
     (dict(skip=("nothing.*",)), "skip names"), (dict(batch_size=0), "batch_size"), (dict(sparsity={"9.weight": 0.5}), "9.weight"),
 ])
 def test_bad_options(options, text):
