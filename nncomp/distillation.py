@@ -11,8 +11,8 @@ __all__ = ['AUGMENTATIONS', 'VGG_13', 'GUIDES', 'SIZES', 'ACCURACY_001', 'CHAINS
            'distilled_lenet_300_100', 'distilled_minivgg', 'CompressedVGG13', 'run_compressed_vgg13',
            'compressed_vgg13', 'TaughtCompression', 'run_taught_compression', 'taught_compression', 'SoftTargetRun',
            'run_soft_targets', 'distilled_mlp_200', 'Report001', 'run_report001', 'report001_distillation', 'Chains',
-           'run_chains', 'assistant_chains', 'distilled_table', 'soft_targets_table', 'temperature_grid',
-           'report001_table', 'chain_table', 'vgg13_table', 'guides_table', 'teacher_verdict']
+           'run_chains', 'assistant_chains', 'distilled_table', 'guides_table', 'soft_targets_table',
+           'temperature_grid', 'report001_table', 'chain_table', 'vgg13_table', 'teacher_verdict']
 
 # %% ../nbs/60_distillation.ipynb #dbad74f1
 import contextlib
@@ -826,6 +826,25 @@ def distilled_table(
         lines.append(line)
     return require("pandas").DataFrame(lines)
 
+# %% ../nbs/60_distillation.ipynb #e6000005
+def guides_table(
+    root:str|Path|None=None,     # as for `results_root`
+) -> "pandas.DataFrame":         # of text
+    "Error of the compressed students by sparsity and guide, and what the guide brought over the labels."
+    records, lines, names = _records("taught-compression", root), [], {"labels": "the labels", "itself": "its dense self", "teacher": "the teacher"}
+    if not records: return _pending("taught-compression", 5)
+    of = lambda arm, key="error_percent": lambda r: r.metrics["networks"][arm][key]
+    lines.append({"weights kept, %": "100", "compressed with": "(dense)"} | {f"{name}, error %": spread(records, of(name)) for name in ("alone", "taught")})
+    for sparsity, guide in itertools.product(TaughtCompression().sparsities, GUIDES):
+        line = {"weights kept, %": f"{100 - 100 * sparsity:g}", "compressed with": names[guide], "file, B": spread(records, of(f"alone-{guide}-{sparsity:g}", "bytes"))}
+        for name in ("alone", "taught"):
+            arm, base = f"{name}-{guide}-{sparsity:g}", f"{name}-labels-{sparsity:g}"
+            line[f"{name}, error %"] = spread(records, of(arm))
+            if guide != "labels": line[f"{name}, gained, points"] = difference(records, lambda r: -of(arm)(r), lambda r: -of(base)(r))
+        lines.append(line)
+    columns = "weights kept, %", "compressed with", "file, B", "alone, error %", "alone, gained, points", "taught, error %", "taught, gained, points"
+    return require("pandas").DataFrame(lines, columns=columns).fillna("")
+
 # %% ../nbs/60_distillation.ipynb #da646801
 def soft_targets_table(
     root:str|Path|None=None,     # as for `results_root`
@@ -895,25 +914,6 @@ def vgg13_table(
     rows = ("dense", lambda r: r.metrics["dense_bytes"]), ("compressed", lambda r: r.metrics["file_bytes"])
     return require("pandas").DataFrame([{"VGG-13": arm, "accuracy, %": spread(records, lambda r: 100 - r.metrics[arm]["error_percent"]), "bytes": spread(records, size),
                                          "calibration error, %": spread(records, lambda r: 100 * r.metrics[arm]["ece"], 2)} for arm, size in rows])
-
-# %% ../nbs/60_distillation.ipynb #e6000005
-def guides_table(
-    root:str|Path|None=None,     # as for `results_root`
-) -> "pandas.DataFrame":         # of text
-    "Error of the compressed students by sparsity and guide, and what the guide brought over the labels."
-    records, lines, names = _records("taught-compression", root), [], {"labels": "the labels", "itself": "its dense self", "teacher": "the teacher"}
-    if not records: return _pending("taught-compression", 5)
-    of = lambda arm, key="error_percent": lambda r: r.metrics["networks"][arm][key]
-    lines.append({"weights kept, %": "100", "compressed with": "(dense)"} | {f"{name}, error %": spread(records, of(name)) for name in ("alone", "taught")})
-    for sparsity, guide in itertools.product(TaughtCompression().sparsities, GUIDES):
-        line = {"weights kept, %": f"{100 - 100 * sparsity:g}", "compressed with": names[guide], "file, B": spread(records, of(f"alone-{guide}-{sparsity:g}", "bytes"))}
-        for name in ("alone", "taught"):
-            arm, base = f"{name}-{guide}-{sparsity:g}", f"{name}-labels-{sparsity:g}"
-            line[f"{name}, error %"] = spread(records, of(arm))
-            if guide != "labels": line[f"{name}, gained, points"] = difference(records, lambda r: -of(arm)(r), lambda r: -of(base)(r))
-        lines.append(line)
-    columns = "weights kept, %", "compressed with", "file, B", "alone, error %", "alone, gained, points", "taught, error %", "taught, gained, points"
-    return require("pandas").DataFrame(lines, columns=columns).fillna("")
 
 # %% ../nbs/60_distillation.ipynb #e86f13e2
 def teacher_verdict(
