@@ -351,7 +351,7 @@ def one_shot_lenet_300_100(config:OneShot, seed:int, folder:Path) -> dict:
 
 @experiment("one-shot-lenet-5", configs=[ONE_SHOT_LENET_5])
 def one_shot_lenet_5(config:OneShot, seed:int, folder:Path) -> dict:
-    "LeNet-5 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-5 --seeds 5`; about four minutes a seed on one CPU core."
+    "LeNet-5 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-5 --seeds 5`; about five minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 # %% ../nbs/42_one_shot.ipynb #c0500038
