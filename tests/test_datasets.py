@@ -318,14 +318,14 @@ def test_a_dataset_or_a_loader_in_the_place_of_a_split_is_told():
 
 def test_workers_are_gone_after_an_interrupt_and_after_an_error():
     "At once, while the traceback still holds everything."
-    part = DatasetSplit(Drawn(40), num_workers=2)
+    part, others = DatasetSplit(Drawn(40), num_workers=2), set(multiprocessing.active_children())
     with pytest.raises(KeyboardInterrupt) as _interrupt:
         fit(nn.Linear(3, 3), Data("drawn", part, part.take(slice(0)), part, 3), epochs=1, batch_size=8, callbacks=[Stop(0)], **QUIET)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
     broken = DatasetSplit(Drawn(40, fail=30), num_workers=2)
     with pytest.raises(OSError, match="the disk is gone") as _error:
         evaluate(nn.Linear(3, 3), broken)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 class WithHistory(torch.utils.data.Dataset):
