@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import __version__
-from .container import _DTYPES, _SLACK, _TORCH, EXPANSION, Ledger, _with_aliases, bit_patterns, from_bit_patterns, inspect, load, load_tensors, save_tensors
+from .container import _DTYPES, _TORCH, EXPANSION, Ledger, _with_aliases, bit_patterns, from_bit_patterns, inspect, load, load_tensors, save_tensors
 from .core import BitstreamError, _vector, atomic_path, check_finite, check_fraction, check_int, check_writable, named_by, named_weights
 from .data import load_data
 from .deep_compression import Classic, ClassicLeNet5, Report, run_classic
@@ -224,18 +224,16 @@ def compress_file(
     if sparsity is not None: check_fraction(sparsity)
     if bits is not None: check_int(bits, 1, 16, "bits")
     if skip and sparsity is bits is None: raise ValueError("skip names tensors that are neither pruned nor shared, but none is; give sparsity or bits, or leave it out")
-    start, source, declared = time.perf_counter(), Path(source), 0
+    start, source, tensors = time.perf_counter(), Path(source), None
     if not source.is_file(): raise ValueError(f"{source} is not a file")
     output = check_output(output, source_files(source), foreign=(".safetensors", ".pt", ".pth", ".bin"), force=force)
     tensors, skipped = _skipping(source, skip)
     totals = dict(tensors=0, entries=0, source_bytes=sum(f.stat().st_size for f in source_files(source)), dense_bytes=0)
 
     def counted():
-        nonlocal declared
         for name, tensor in tqdm(tensors, unit="tensor", disable=None if progress else True, leave=False):
             totals["tensors"] += 1
             if isinstance(tensor, Tensor):
-                declared += tensor.nbytes
                 totals["entries"] += tensor.numel()
                 totals["dense_bytes"] += tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size())
             elif name in skipped and tensor not in skipped: raise ValueError(f"{name} is another name of {tensor}; skip that")
@@ -245,7 +243,6 @@ def compress_file(
     shape = None if sparsity is bits is None else functools.partial(_shaped, skipped=skipped, sparsity=sparsity, bits=bits)
     save_tensors(counted(), output, coder=coder, metadata=_metadata(source), prepare=shape, n_jobs=n_jobs)
     size = output.stat().st_size
-    if declared > EXPANSION * size + _SLACK: warnings.warn(f"{output} takes {size} bytes for {declared} of tensors, more than a file is trusted with by itself; read it by `nncomp expand --max-expansion {math.ceil(declared / size)}`", stacklevel=2)
     return totals | dict(file_bytes=size, ratio=totals["dense_bytes"] / size, seconds=time.perf_counter() - start)
 
 # %% ../nbs/90_cli.ipynb #9683ffac

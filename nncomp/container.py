@@ -686,12 +686,13 @@ def _assemble(path:Path, header:bytes, spool:BinaryIO, small:bytearray) -> None:
         file.write(small + _crc([header, small]))
 
 # %% ../nbs/34_container.ipynb #483c20e7
-def _pack_jobs(tensors:Iterable[tuple[str, Tensor|str]], seen:dict[str, str], *rest) -> Iterator[tuple[int, tuple]]:
-    "Each tensor's bytes and what `_pack_job` needs of it; `seen` gathers name -> name, or -> the tensor of which it is another name."
+def _pack_jobs(tensors:Iterable[tuple[str, Tensor|str]], seen:dict[str, str], sizes:list[int], *rest) -> Iterator[tuple[int, tuple]]:
+    "Each tensor's bytes and what `_pack_job` needs of it; `seen` gathers name -> name, or -> the tensor of which it is another name, `sizes` the bytes."
     for name, tensor in tensors:
         _check_new(name, tensor, seen)
         seen[name] = seen[tensor] if isinstance(tensor, str) else name
         size = tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
+        sizes.append(size)
         yield size, (name, seen[name] if isinstance(tensor, str) else tensor, *rest)
         del tensor                                                   # or it would stay until the next one is there
 
@@ -711,10 +712,10 @@ def save_tensors(
     prepare:Callable[[str, Tensor], Tensor]|None=None,  # what to do to each tensor first, given its name
     n_jobs:int|None=None,                      # tensors at work at once, -1 = one a processor; None = 1, or what joblib.parallel_config says
 ) -> None:
-    "Write tensors one by one as they come; the file appears when all are there."
+    "Write tensors one by one as they come; the file appears when all are there, with a warning if it takes more trust to read it than `load` has by itself."
     if Path(path).is_dir(): raise IsADirectoryError(f"{path} is a folder; name a file in it")
-    path, metadata, seen = check_writable(path), _check_metadata(metadata), {}
-    entries, small, packed = {}, bytearray(), _each(_pack_job, _pack_jobs(tensors, seen, coder, prepare), n_jobs)
+    path, metadata, seen, declared = check_writable(path), _check_metadata(metadata), {}, []
+    entries, small, packed = {}, bytearray(), _each(_pack_job, _pack_jobs(tensors, seen, declared, coder, prepare), n_jobs)
     with atomic_path(path) as part, tempfile.TemporaryFile(dir=path.parent) as spool:
         for name, pieces in packed:
             size = sum(map(len, pieces))
@@ -725,6 +726,8 @@ def save_tensors(
                 spool.writelines(pieces)
             del pieces
         _assemble(part, _header(entries | {BUNDLE: len(small) + 4}, metadata), spool, small)
+    if (asked := sum(declared)) > EXPANSION * (size := path.stat().st_size) + _SLACK:
+        warnings.warn(f"{path} takes {size} bytes for {asked} of tensors, more than a file is trusted with by itself; read it with max_expansion={math.ceil(asked / size)} (on the command line --max-expansion)", stacklevel=2)
 
 # %% ../nbs/34_container.ipynb #b303a5d3
 def _state(source:nn.Module|dict[str, Tensor]) -> dict[str, Tensor]:
@@ -756,10 +759,7 @@ def save(
     n_jobs:int|None=None,                # tensors at work at once, see `save_tensors`
 ) -> None:
     "Write every tensor of `source` into one file, losslessly, in the fewest bytes; tied tensors once."
-    state = _state(source)
-    save_tensors(_with_aliases(state), path, coder=coder, metadata=metadata, n_jobs=n_jobs)
-    declared, size = sum(t.numel() * t.element_size() for t in (state.values() if isinstance(state, dict) else ()) if isinstance(t, Tensor)), Path(path).stat().st_size
-    if declared > EXPANSION * size + _SLACK: warnings.warn(f"{path} takes {size} bytes for {declared} of tensors, more than `load` trusts a file with by itself; read it with max_expansion={math.ceil(declared / size)}", stacklevel=2)
+    save_tensors(_with_aliases(_state(source)), path, coder=coder, metadata=metadata, n_jobs=n_jobs)
 
 # %% ../nbs/34_container.ipynb #7325d686
 @dataclass(frozen=True)

@@ -146,8 +146,8 @@ class Data:
             if not isinstance(getattr(self, name), Split): raise ValueError(f"{name} must be a Split(x, y) or a DatasetSplit(dataset), got a {type(getattr(self, name)).__name__}")
             for what in ("x", "y"):
                 if not hasattr(t := getattr(getattr(self, name), what), "is_floating_point"): raise ValueError(f"{what} of {name} must be a tensor, got a {type(t).__name__}; torch.as_tensor makes one")
+            _check_classes(name, getattr(self, name).y, self.num_classes)
         parts = [p for p in (self.train, self.valid, self.test) if len(p)]
-        for name in ("train", "valid", "test"): _check_classes(name, getattr(self, name).y, self.num_classes)
         for what in ("x", "y"):
             kinds = {(t.is_floating_point(), t.ndim, t.shape[1:] if t.ndim == 2 else None) for t in (getattr(p, what) for p in parts)}
             if len(kinds) > 1:

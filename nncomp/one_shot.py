@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from .core import _input_type, check_finite, check_int, check_plain, default_device, evaluating, named_weights, remembered, require, seed_everything, unwrap
+from .core import _input_type, check_finite, check_int, check_plain, default_device, evaluating, named_weights, remembered, require, unwrap
 from .container import save
 from .data import load_data
 from .deep_compression import Recipe
 from .kmeans import kmeans_1d
-from .models import create_model_for, model_input_shape
+from .models import model_input_shape
 from .pruning import _is_plain, apply_masks_, drop_lowest
 from .results import difference, experiment, load_records, spread
-from .schedules import grow_masks
-from .training import evaluate, fit
+from .schedules import _dense, grow_masks
+from .training import evaluate
 from .weight_sharing import share_weights
 
 # %% ../nbs/42_one_shot.ipynb #c0500011
@@ -233,8 +233,6 @@ def _fit_layer_(dense: nn.Module, model: nn.Module, name: str, images: Tensor, b
 def _by_name(model: nn.Module, chosen, field: str) -> dict:
     "A setting for each weight that has one; ValueError for a name that is no weight's."
     names = named_weights(model)
-    if not names: raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
-    check_plain(model, names)
     if not isinstance(chosen, Mapping): return dict.fromkeys(names, chosen)
     if wrong := chosen.keys() - names.keys(): raise ValueError(f"{field} names {', '.join(sorted(wrong))}, and the weights are {', '.join(names)}")
     return dict(chosen)
@@ -265,7 +263,7 @@ def one_shot_compress(
     floor:float=0.01,      # least fraction of a layer that stays
     skip:tuple[str,...]=(),  # weights to leave as they are: names, or patterns such as "head.*"
     rounds:int=4,          # in which a layer is cut, at least 1
-    ridge:float=0.01,      # how strongly the old weights hold, above 0; more for fewer images
+    ridge:float=0.01,      # how strongly the old weights hold, above 0, see `normal_equations`
     batch_size:int=64,     # images at a time
     device:str|torch.device|None=None,  # None = the fastest
     progress:bool=True,    # show a bar
@@ -273,7 +271,8 @@ def one_shot_compress(
     "Prune and share without training: layer by layer, so that it answers as before (@eq-oneshot-problem; Frantar & Alistarh 2022)."
     model = unwrap(model)
     plan = Recipe(sparsity=sparsity, bits=16 if bits is None else bits, scope=scope, floor=floor, skip=skip)
-    _check_images(images), check_int(rounds, 1, name="rounds"), check_int(batch_size, 1, name="batch_size")
+    if not named_weights(model): raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
+    check_plain(model, named_weights(model)), _check_images(images), check_int(rounds, 1, name="rounds"), check_int(batch_size, 1, name="batch_size")
     goals, codes = (_by_name(model, plan.by_tensor(model, field), field) for field in ("sparsity", "bits"))
     goals, codes = {name: s for name, s in goals.items() if s}, {} if bits is None else codes
     if not goals and not codes: raise ValueError("there is nothing to do: give a sparsity above 0, or bits")
@@ -326,10 +325,7 @@ def run_one_shot(
     "Train once, compress in every way; the test set is read once for each network."
     folder, data = Path(folder), load_data(config.dataset, size=model_input_shape(config.model)[-1])
     folder.mkdir(parents=True, exist_ok=True)
-    seed_everything(seed)
-    model = create_model_for(config.model, data)
-    fit(model, data, epochs=config.epochs, lr=config.lr, batch_size=config.batch_size, seed=seed, checkpoint=folder / "dense.pt", title="dense", device=device, progress=progress)
-    shown, model = data.train.take(slice(max(config.images, *config.counts, 0))).x.cpu(), model.eval()
+    model, shown = _dense(config, data, seed, folder, device=device, progress=progress).eval(), data.train.take(slice(max(config.images, *config.counts, 0))).x.cpu()
     def shot(count=config.images, **options): return lambda: one_shot_compress(model, shown[:count], floor=config.floor, device=device, progress=False, **options)
     arms = {f"cut-{s:g}": lambda s=s: _plainly(model, s, None, config.floor) for s in config.sparsities}
     arms |= {f"{name}-{s:g}": shot(sparsity=s, rounds=rounds) for s in config.sparsities for name, rounds in (("once", 1), ("rounds", 4))}
@@ -343,13 +339,16 @@ def run_one_shot(
     return dict(model=config.model, dataset=config.dataset, test_images=len(data.test), networks=found)
 
 
-@experiment("one-shot-lenet-300-100")
+_BASELINES = "dense", "cut-", "once-", "nearest-", "plain-", "images-"
+
+
+@experiment("one-shot-lenet-300-100", baselines=_BASELINES)
 def one_shot_lenet_300_100(config:OneShot, seed:int, folder:Path) -> dict:
     "LeNet-300-100 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-300-100 --seeds 5`; about two minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 
-@experiment("one-shot-lenet-5", configs=[ONE_SHOT_LENET_5])
+@experiment("one-shot-lenet-5", configs=[ONE_SHOT_LENET_5], baselines=_BASELINES)
 def one_shot_lenet_5(config:OneShot, seed:int, folder:Path) -> dict:
     "LeNet-5 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-5 --seeds 5`; about five minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)

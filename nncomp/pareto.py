@@ -81,16 +81,13 @@ def _measured(part):
     return found if all(isinstance(v, (int, float)) and v >= 0 for v in found) else None
 
 # %% ../nbs/91_pareto.ipynb #17676bbd
-_COMPARISONS = {"one-shot-lenet-300-100", "one-shot-lenet-5"}, ("dense", "cut-", "once-", "nearest-", "plain-", "images-")   # arms that a method is compared with
-
-
-def _dots_of(records):
-    "The dots of one configuration: parts that every record has, each once; without the arms of `_COMPARISONS`."
+def _dots_of(records, baselines=()):
+    "The dots of one configuration: parts that every record has, each once; without arms whose names begin as `baselines`."
     files = [{path: found for path, part in _parts(r.metrics) if (found := _measured(part))} for r in records]
     found = {}
     for path in files[0]:
         if not all(path in f for f in files): continue
-        if records[0].experiment in _COMPARISONS[0] and path[-1].startswith(_COMPARISONS[1]): continue
+        if path and path[-1].startswith(tuple(baselines)): continue
         part = functools.reduce(lambda value, key: value[int(key) if isinstance(value, list) else key], path, records[0].metrics)
         sizes, errors = zip(*(f[path] for f in files))
         about = {key: part.get(key, records[0].metrics.get(key)) for key in ("model", "dataset")}
@@ -107,7 +104,7 @@ def load_dots(
     for name in discover():
         by_id = {}
         for record in load_records(name, root): by_id.setdefault(record.id, []).append(record)
-        for records in by_id.values(): found += _dots_of(records)
+        for records in by_id.values(): found += _dots_of(records, find_experiment(name).baselines)
     return found
 
 # %% ../nbs/91_pareto.ipynb #bcfa8c5f

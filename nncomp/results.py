@@ -75,6 +75,7 @@ class Experiment:
     config_class: type    # a frozen dataclass
     configs: tuple        # the configurations to run; the first one's file is shipped
     artefact: int | None  # the seed whose file is shipped; None = the lowest
+    baselines: tuple[str, ...] = ()  # how the names of arms begin that are there to be compared with, and no dots of 91
 
 
 _EXPERIMENTS: dict[str, Experiment] = {}
@@ -94,13 +95,14 @@ def experiment(
     *,
     artefact:int|None=None,         # the seed whose file goes to models/; None = the lowest seed that has run
     configs:Sequence|None=None,     # configurations to run; None = the one with all defaults
+    baselines:Sequence[str]=(),     # how the names of arms begin that are there to be compared with
 ) -> Callable:                      # a decorator that registers the function and returns it unchanged
     "Register `run(config, seed, folder) -> metrics` under `name`; another function of that name is a `ValueError`."
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == "benchmarks":
         raise ValueError(f"an experiment's name is made of a-z, 0-9, '-' and '.', and not 'benchmarks', got {name!r}")
     def register(run):
         config_class = _config_class(run)
-        found = Experiment(name, run, config_class, (config_class(),) if configs is None else tuple(configs), artefact)
+        found = Experiment(name, run, config_class, (config_class(),) if configs is None else tuple(configs), artefact, tuple(baselines))
         strangers = [c for c in found.configs if not isinstance(c, config_class)]
         if strangers or not found.configs:
             raise ValueError(f"{name} needs configs of type {config_class.__name__}, got {strangers or 'none'}")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -928,3 +929,16 @@ def test_memory(tmp_path):
         assert out == (18_000_000 if kind == "bf16" else 36_000_000)
         assert loading <= out + file + 16_000_000, (kind, coder, file, loading)
         assert saving <= out + 32_000_000, (kind, coder, file, saving)
+
+
+def test_the_trust_that_a_file_needs_is_named_once_for_tied_tensors(tmp_path):
+    "However it is written; the number in the warning is enough."
+    zeros = torch.zeros(3000, 3000)
+    for write in (save, lambda state, path: save_tensors(iter(state.items()), path)):
+        with pytest.warns(UserWarning, match="max_expansion=") as caught:
+            write({"a": zeros, "b": zeros}, tmp_path / "zeros.nncomp")
+        assert len(caught) == 1
+        needed = int(re.search(r"max_expansion=(\d+)", str(caught[0].message))[1])
+        with pytest.raises(BitstreamError, match="max_expansion"):
+            load(tmp_path / "zeros.nncomp")
+        assert not any(t.any() for t in load(tmp_path / "zeros.nncomp", max_expansion=needed).values())
