@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LAYERS', 'ONE_SHOT_LENET_5', 'ONE_SHOT_MINIVGG', 'normal_equations', 'refit', 'descend', 'fit_values',
            'one_shot_compress', 'OneShot', 'run_one_shot', 'one_shot_lenet_300_100', 'one_shot_lenet_5',
-           'one_shot_minivgg', 'one_shot_table', 'one_shot_values_table']
+           'one_shot_minivgg', 'one_shot_table', 'one_shot_training_table', 'one_shot_values_table']
 
 # %% ../nbs/42_one_shot.ipynb #c0500009
 import copy
@@ -13,6 +13,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -182,6 +183,41 @@ def _share(weights: Tensor, mask: Tensor, k: int, free: int, gram: Tensor, cross
     slope = (cross - weights @ gram)[..., free:] / gram.diagonal(dim1=-2, dim2=-1)[:, None, free:]
     return torch.cat([weights[..., :free], weights[..., free:] + slope], -1)
 
+# %% ../nbs/42_one_shot.ipynb #c0500061
+def _ones(attention: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    "A copy that mixes what it is given and multiplies it with nothing."
+    core = copy.deepcopy(attention).requires_grad_(False)
+    one = torch.eye(core.embed_dim, dtype=core.in_proj_weight.dtype, device=core.in_proj_weight.device)
+    for tensor, to in ((core.in_proj_weight, one.repeat(3, 1)), (core.out_proj.weight, one)): tensor.copy_(to)
+    for bias in (core.in_proj_bias, core.out_proj.bias):
+        if bias is not None: bias.zero_()
+    return core
+
+
+class _OpenAttention(nn.MultiheadAttention):
+    "Attention that calls a layer for each of its two matrices."
+    def forward(self, query, key, value, *args, **kwargs):
+        seen = {id(x): self.inside(x) for x in (query, key, value)}
+        parts = [seen[id(x)].chunk(3, -1)[i] for i, x in enumerate((query, key, value))]
+        mixed, weights = self.core[0](*parts, *args, **kwargs)
+        return self.out_proj(mixed), weights
+
+
+@contextmanager
+@torch.no_grad()
+def _opened(*models: nn.Module) -> Iterator[None]:
+    "Attention opened wherever a model has some with one matrix for queries, keys and values; closed again behind."
+    found = [m for model in models for m in model.modules() if type(m) is nn.MultiheadAttention and m.in_proj_weight is not None and m.bias_k is None]
+    for m in found:
+        m.core, m.inside = [_ones(m)], nn.Linear(1, 1, bias=m.in_proj_bias is not None)        # in a list: no part of the model
+        m.inside.weight, m.inside.bias = m.in_proj_weight, m.in_proj_bias
+        m.inside.in_features, m.inside.out_features, m.__class__ = m.embed_dim, 3 * m.embed_dim, _OpenAttention
+    try: yield
+    finally:
+        for m in found:
+            m.__class__ = nn.MultiheadAttention
+            del m.core, m.inside
+
 # %% ../nbs/42_one_shot.ipynb #c0500029
 def _shown(model: nn.Module, images: Tensor) -> Tensor:
     "Pass images through a model, in the model's type and on its device."
@@ -202,8 +238,9 @@ def _uses(model: nn.Module, layer: nn.Module, images: Tensor) -> list[tuple[Tens
 
 def _in_order(model: nn.Module, images: Tensor) -> dict[str, str]:
     "Layers that can be fitted, in the order in which they run, each with the name of its weight."
-    names = {id(w): name for name, w in named_weights(model).items()}
-    uses, found = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False)), {}
+    names, found = {id(w): name for name, w in named_weights(model).items()}, {}
+    inner = [m.inside for m in model.modules() if isinstance(m, _OpenAttention)]               # hold what the attention holds
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False)) - Counter(id(p) for m in inner for p in m.parameters())
     own = {name: m for name, m in model.named_modules() if _is_plain(m, LAYERS) and id(m.weight) in names and all(uses[id(p)] == 1 for p in m.parameters())}
     hooks = [m.register_forward_pre_hook(lambda m, _, name=name: found.update({name: names[id(m.weight)]})) for name, m in own.items()]
     try:
@@ -280,12 +317,13 @@ def one_shot_compress(
     if not goals and not codes: raise ValueError("there is nothing to do: give a sparsity above 0, or bits")
     dense = copy.deepcopy(model).to(device or default_device()).eval()
     small = copy.deepcopy(dense)
-    layers = {name: own for name, own in _in_order(small, images[:batch_size]).items() if own in goals or own in codes}
-    _check_left([name for name in goals | codes if name not in layers.values()], sparsity, bits)
-    goals = {own: goals[own] for own in layers.values() if own in goals}
-    drops = {own: int((~m).sum()) for own, m in (grow_masks(small, goals, scope=scope, floor=floor) if goals else {}).items()}
-    for name, own in tqdm(layers.items(), desc="one shot", unit="layer", disable=not progress):
-        _fit_layer_(dense, small, name, images, batch_size, drops.get(own, 0), codes.get(own), rounds, ridge)
+    with _opened(dense, small):
+        layers = {name: own for name, own in _in_order(small, images[:batch_size]).items() if own in goals or own in codes}
+        _check_left([name for name in goals | codes if name not in layers.values()], sparsity, bits)
+        goals = {own: goals[own] for own in layers.values() if own in goals}
+        drops = {own: int((~m).sum()) for own, m in (grow_masks(small, goals, scope=scope, floor=floor) if goals else {}).items()}
+        for name, own in tqdm(layers.items(), desc="one shot", unit="layer", disable=not progress):
+            _fit_layer_(dense, small, name, images, batch_size, drops.get(own, 0), codes.get(own), rounds, ridge)
     return small.to(next(model.parameters()).device)
 
 # %% ../nbs/42_one_shot.ipynb #c0500036
@@ -383,7 +421,7 @@ def one_shot_minivgg(config:OneShot, seed:int, folder:Path) -> dict:
     return run_one_shot(config, seed, folder)
 
 # %% ../nbs/42_one_shot.ipynb #c0500038
-_NETS = {"one-shot-lenet-300-100": "sparsity-curve-lenet-300-100", "one-shot-lenet-5": "sparsity-curve-lenet-5"}
+_NETS = "one-shot-lenet-300-100", "one-shot-lenet-5", "one-shot-minivgg"
 
 
 def _error(arm: str) -> Callable:
@@ -391,21 +429,37 @@ def _error(arm: str) -> Callable:
     return lambda r: r.metrics["networks"][arm]["error_percent"]
 
 
+def _spreads(records: Sequence, s: float, arms: Mapping[str, str]) -> dict[str, str]:
+    "Column -> test errors (%) of an arm at one sparsity; empty where the records have no such arm."
+    has = lambda arm: f"{arm}-{s:g}" in records[0].metrics["networks"]
+    return {label: spread(records, _error(f"{arm}-{s:g}"), 2) if has(arm) else "" for label, arm in arms.items()}
+
+
+def _by_sparsity(root, line: Callable) -> "pandas.DataFrame":
+    "A table with a line for each network and sparsity."
+    lines = []
+    for name in _NETS:
+        records = load_records(name, root)
+        if not records: lines.append({"network": f"not run yet: nncomp reproduce {name}"})
+        lines += [{"network": records[0].metrics["model"], "sparsity": f"{s:g}"} | line(records, s) for s in (records[0].config["sparsities"] if records else ())]
+    return require("pandas").DataFrame(lines).fillna("")
+
+
 def one_shot_table(
     root:str|Path|None=None,     # as for `results_root`
 ) -> "pandas.DataFrame":         # of text
-    "Test error by sparsity: after a cut alone, refitted, in rounds, and retrained for two epochs (seed by seed the same dense network)."
-    lines = []
-    for name, rival in _NETS.items():
-        records, trained = load_records(name, root), {r.seed: r for r in load_records(rival, root)}
-        if not records: lines.append({"network": f"not run yet: nncomp reproduce {name} --seeds 5"})
-        for s in records[0].config["sparsities"] if records else ():
-            retrained = lambda r: trained[r.seed].metrics["global"]["retrained"][trained[r.seed].config["sparsities"].index(s)]
-            both = [r for r in records if r.seed in trained]
-            lines.append({"network": records[0].metrics["model"], "sparsity": f"{s:g}", "dense, %": spread(records, _error("dense"), 2)}
-                         | {label: spread(records, _error(f"{arm}-{s:g}"), 2) for label, arm in (("cut alone, %", "cut"), ("refitted, %", "once"), ("in rounds, %", "rounds"))}
-                         | {"retrained, %": spread(both, retrained, 2), "in rounds against retrained, points": difference(both, _error(f"rounds-{s:g}"), retrained, lower_is_better=True)})
-    return require("pandas").DataFrame(lines).fillna("")
+    "Test error by sparsity without training: after a cut alone, with new statistics of batch normalisation, refitted at once, and in rounds."
+    arms = {"cut alone, %": "cut", "cut, statistics renewed, %": "recalibrated", "refitted, %": "once", "in rounds, %": "rounds"}
+    return _by_sparsity(root, lambda records, s: {"dense, %": spread(records, _error("dense"), 2)} | _spreads(records, s, arms))
+
+
+def one_shot_training_table(
+    root:str|Path|None=None,     # as for `results_root`
+) -> "pandas.DataFrame":         # of text
+    "Test error by sparsity: in one shot, retrained after a cut, and trained on after one shot, for as many epochs."
+    arms = {"one shot, %": "rounds", "retrained after the cut, %": "retrained", "trained on after one shot, %": "continued"}
+    against = lambda records, arm, s: difference(records, _error(f"{arm}-{s:g}"), _error(f"retrained-{s:g}"), lower_is_better=True)
+    return _by_sparsity(root, lambda records, s: _spreads(records, s, arms) | {"one shot against retrained, points": against(records, "rounds", s), "trained on against retrained, points": against(records, "continued", s)})
 
 
 def one_shot_values_table(
@@ -415,7 +469,7 @@ def one_shot_values_table(
     lines = []
     for name in _NETS:
         records = load_records(name, root)
-        if not records: lines.append({"network": f"not run yet: nncomp reproduce {name} --seeds 5"})
+        if not records: lines.append({"network": f"not run yet: nncomp reproduce {name}"})
         arms = [("0", b, f"nearest-{b}", f"shared-{b}") for b in records[0].config["bits"]] + [(f"{s:g}", b, f"plain-{s:g}-{b}", f"both-{s:g}-{b}") for s, b in records[0].config["both"]] if records else ()
         size = lambda arm: lambda r: r.metrics["networks"][arm]["bytes"]
         for s, b, plain, shot in arms:

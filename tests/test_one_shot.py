@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +12,23 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import toy_data, toy_net
 
+from nncomp import load, models
 from nncomp.core import count_nonzero, named_weights, seed_everything
-from nncomp.one_shot import ONE_SHOT_LENET_5, OneShot, _in_parts, descend, fit_values, normal_equations, one_shot_compress, refit
+from nncomp.one_shot import (
+    ONE_SHOT_LENET_5,
+    ONE_SHOT_MINIVGG,
+    OneShot,
+    _in_parts,
+    _opened,
+    descend,
+    fit_values,
+    normal_equations,
+    one_shot_compress,
+    refit,
+)
+from nncomp.pruning import apply_masks_
 from nncomp.results import find_experiment
+from nncomp.schedules import grow_masks
 from nncomp.training import evaluate, fit
 
 QUIET = dict(device="cpu", progress=False)
@@ -234,6 +249,49 @@ def test_it_repairs_a_cut():
     assert repaired - dense < (cut - dense) / 2
 
 
+class Reader(nn.Module):
+    "An encoder and a decoder with attention of its own and to the encoder."
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        self.decoder = nn.TransformerDecoderLayer(8, 2, 16, batch_first=batch_first)
+        self.odd = nn.MultiheadAttention(8, 2, kdim=4, vdim=4, batch_first=batch_first)
+
+    def forward(self, x):
+        y = self.encoder(x)
+        return self.decoder(x, y) + self.odd(y, x[..., :4], x[..., :4])[0]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention(batch_first):
+    "All matrices of attention are fitted, of itself and to another sequence; the model keeps its modules, names and buffers."
+    seed_everything(0)
+    net = Reader(batch_first).eval()
+    x, more = torch.randn(2, 200, 5, 8).cumsum(2) / 2
+    with pytest.warns(UserWarning, match="left as they are: odd.q_proj_weight, odd.k_proj_weight, odd.v_proj_weight, odd.out"):
+        small = one_shot_compress(net, x, sparsity=0.5, bits=3, **QUIET)
+    assert [(n, type(m)) for n, m in small.named_modules()] == [(n, type(m)) for n, m in net.named_modules()]
+    assert list(small.state_dict()) == list(net.state_dict())
+    weights = {n: w for n, w in named_weights(small).items() if not n.startswith("odd.")}
+    assert all(len(w.unique()) <= 8 for w in weights.values())
+    assert sum(count_nonzero([w]) for w in weights.values()) == sum(w.numel() for w in weights.values()) // 2
+    cut = copy.deepcopy(net)
+    apply_masks_(cut, grow_masks(cut, dict.fromkeys(weights, 0.5), scope="global", floor=0.01))
+    with torch.no_grad():
+        lost = [float((other(more) - net(more)).square().mean()) for other in (cut, small)]
+    assert lost[1] < lost[0] / 2
+
+
+def test_attention_is_closed_after_an_error():
+    "Whatever happens between, the modules are as before."
+    net = nn.TransformerEncoderLayer(8, 2, 16).eval()
+    names = list(net.state_dict())
+    with pytest.raises(RuntimeError), _opened(net):
+        assert "self_attn.inside" in dict(net.named_modules())
+        raise RuntimeError
+    assert type(net.self_attn) is nn.MultiheadAttention and list(net.state_dict()) == names and not hasattr(net.self_attn, "core")
+
+
 @pytest.mark.parametrize("options, text", [
     (dict(sparsity=0.5, bits=17), "bits"), (dict(sparsity=1.5), "sparsity"), (dict(rounds=0), "rounds"),
     (dict(sparsity=0.5, ridge=float("nan")), "ridge"), (dict(sparsity=0.5, ridge="0.1"), "ridge"), (dict(), "nothing to do"),
@@ -258,12 +316,14 @@ def test_bad_sums_and_images():
 
 
 TINY = {"one-shot-lenet-300-100": OneShot(sparsities=(0.9,), bits=(2,), both=((0.9, 4),), counts=(16,)),
-        "one-shot-lenet-5": dataclasses.replace(ONE_SHOT_LENET_5, sparsities=(0.9,), bits=(2,), both=((0.9, 4),))}
+        "one-shot-lenet-5": dataclasses.replace(ONE_SHOT_LENET_5, sparsities=(0.9,), bits=(2,), both=((0.9, 4),)),
+        "one-shot-minivgg": dataclasses.replace(ONE_SHOT_MINIVGG, model="tiny-vgg", sparsities=(0.9,), bits=(2,), both=((0.9, 4),))}
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_experiments(tmp_path, name):
+def test_experiments(tmp_path, name, monkeypatch):
     "On the digits, for an epoch; a second call finds everything that the first one left and says the same."
+    monkeypatch.setitem(models._REGISTRY, "tiny-vgg", (partial(models.vgg, plan=(4, "M", 8, "M", 8, "M", 8, "M", 8, "M")), (3, 32, 32)))
     config = dataclasses.replace(TINY[name], dataset="digits", epochs=1, images=32)
     run = find_experiment(name).run
     with warnings.catch_warnings():
@@ -272,6 +332,13 @@ def test_experiments(tmp_path, name):
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert run(config, 0, tmp_path) == once and {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == kept
     networks = once["networks"]
-    assert {"dense", "cut-0.9", "once-0.9", "rounds-0.9", "nearest-2", "shared-2", "plain-0.9-4", "both-0.9-4"} <= networks.keys()
+    pruned = ("cut", "once", "rounds", "retrained", "continued")
+    expected = {"dense", "nearest-2", "shared-2", "plain-0.9-4", "both-0.9-4"} | {f"{arm}-0.9" for arm in pruned}
+    assert expected <= networks.keys() and ("recalibrated-0.9" in networks) == (name == "one-shot-minivgg")
+    files = {arm: load(tmp_path / f"{arm}-0.9.nncomp") for arm in pruned}
+    zeros = {arm: {key: w == 0 for key, w in state.items() if w.ndim > 1} for arm, state in files.items()}
+    for start, end in (("cut", "retrained"), ("rounds", "continued")):
+        for key, zero in zeros[start].items():
+            assert zeros[end][key][zero].all() and zero.any()                     # training on keeps what is gone
     assert all(0 <= n["error_percent"] <= 100 and n["bytes"] > 0 for n in networks.values())
     assert networks["both-0.9-4"]["bytes"] < networks["rounds-0.9"]["bytes"] < networks["dense"]["bytes"]
