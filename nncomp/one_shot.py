@@ -199,21 +199,24 @@ class _OpenAttention(nn.MultiheadAttention):
     def forward(self, query, key, value, *args, **kwargs):
         seen = {id(x): self.inside(x) for x in (query, key, value)}
         parts = [seen[id(x)].chunk(3, -1)[i] for i, x in enumerate((query, key, value))]
-        mixed, weights = self.core[0](*parts, *args, **kwargs)
+        mixed, weights = self.core[0].forward(*parts, *args, **kwargs)          # past the hooks, which are called on this one already
         return self.out_proj(mixed), weights
 
 
 @contextmanager
 @torch.no_grad()
 def _opened(*models: nn.Module) -> Iterator[None]:
-    "Attention opened wherever a model has some with one matrix for queries, keys and values; closed again behind."
+    "Attention opened wherever a model has some with one matrix for queries, keys and values, and no path around its layers; closed again behind."
     found = [m for model in models for m in model.modules() if type(m) is nn.MultiheadAttention and m.in_proj_weight is not None and m.bias_k is None]
     for m in found:
         m.core, m.inside = [_ones(m)], nn.Linear(1, 1, bias=m.in_proj_bias is not None)        # in a list: no part of the model
         m.inside.weight, m.inside.bias = m.in_proj_weight, m.in_proj_bias
         m.inside.in_features, m.inside.out_features, m.__class__ = m.embed_dim, 3 * m.embed_dim, _OpenAttention
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try: yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for m in found:
             m.__class__ = nn.MultiheadAttention
             del m.core, m.inside
@@ -225,15 +228,13 @@ def _shown(model: nn.Module, images: Tensor) -> Tensor:
     return model(images.to(like.device, _input_type(images, like.dtype)))
 
 
-def _uses(model: nn.Module, layer: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    "What a layer is shown and what it gives, at each use: copies, since what comes later may change them in place."
-    shown, given = [], []
-    hooks = [layer.register_forward_pre_hook(lambda _, args, kwargs: shown.append((args[0] if args else kwargs["input"]).clone()), with_kwargs=True),
-             layer.register_forward_hook(lambda _, args, out: given.append(out.clone()))]
+def _seen_by(model: nn.Module, layer: nn.Module, images: Tensor) -> list[Tensor]:
+    "What a layer is shown at each use: copies, since what comes later may change it in place."
+    shown = []
+    hook = layer.register_forward_pre_hook(lambda _, args, kwargs: shown.append((args[0] if args else kwargs["input"]).clone()), with_kwargs=True)
     try: _shown(model, images)
-    finally:
-        for hook in hooks: hook.remove()
-    return list(zip(shown, given))
+    finally: hook.remove()
+    return shown
 
 
 def _in_order(model: nn.Module, images: Tensor) -> dict[str, str]:
@@ -255,10 +256,10 @@ def _fit_layer_(dense: nn.Module, model: nn.Module, name: str, images: Tensor, b
     layer, target = model.get_submodule(name), dense.get_submodule(name)
     def seen():
         for xb in images.split(batch_size):
-            ours, theirs = _uses(model, layer, xb), _uses(dense, target, xb)
-            if [len(x) for x, _ in ours] != [len(x) for x, _ in theirs]:
+            ours, theirs = _seen_by(model, layer, xb), _seen_by(dense, target, xb)
+            if [x.shape for x in ours] != [x.shape for x in theirs]:
                 raise ValueError(f"{name} is used differently by the two networks, as where a model chooses its way by the data; name it in skip")
-            yield from ((x, y) for (x, _), (_, y) in zip(ours, theirs))
+            yield from ((x, target.forward(before)) for x, before in zip(ours, theirs))        # what the layer itself answers, before any hook
     with evaluating(model), evaluating(dense): gram, cross = normal_equations(layer, seen(), ridge=ridge)
     weights, free = _stacked(layer), layer.weight[0].numel()
     mask = (weights != 0) | (torch.arange(weights.shape[-1], device=weights.device) >= free)      # zeros stay zero, a bias may be any number

@@ -282,6 +282,47 @@ def test_attention(batch_first):
     assert lost[1] < lost[0] / 2
 
 
+class Padded(nn.Module):
+    "Sequences of several lengths: where nobody looks, the encoder packs them into nested tensors."
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x):
+        return self.encoder(x, src_key_padding_mask=torch.arange(6) >= 2 + x[:, 0, :1].mul(1000).abs().long() % 5)[:, 0]
+
+
+def test_padded_sequences():
+    "Attention is seen where torch has a fast path around it, and the path is open again behind."
+    seed_everything(0)
+    net, x = Padded().eval(), torch.randn(200, 6, 8)
+    small = one_shot_compress(net, x, sparsity=0.3, **QUIET)
+    inner, fitted = (model.encoder.layers[0].self_attn.in_proj_weight for model in (net, small))
+    assert torch.backends.mha.get_fastpath_enabled() and not torch.equal(inner, fitted)
+    with torch.no_grad():
+        assert float((small(x) - net(x)).square().mean() / net(x).var()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["0", "attention", "2"])
+def test_a_layer_answers_what_its_hooks_are_shown(name):
+    "A hook of the user that triples an output is called once, on what the layer gives."
+    class Net(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self[1](self[0](x))
+            return self[2](self.attention(x, x, x)[0])
+
+    seed_everything(0)
+    net, x = Net().eval(), torch.randn(300, 4, 8)
+    net.get_submodule(name).register_forward_hook(lambda _, args, out: (out[0] * 3, out[1]) if isinstance(out, tuple) else out * 3)
+    small = one_shot_compress(net, x, sparsity=0.1, **QUIET)
+    with torch.no_grad():
+        assert float((small(x) - net(x)).square().mean() / net(x).var()) < 0.1
+
+
 def test_attention_is_closed_after_an_error():
     "Whatever happens between, the modules are as before."
     net = nn.TransformerEncoderLayer(8, 2, 16).eval()
