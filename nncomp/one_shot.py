@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -259,7 +259,7 @@ def _fit_layer_(dense: nn.Module, model: nn.Module, name: str, images: Tensor, b
             ours, theirs = _seen_by(model, layer, xb), _seen_by(dense, target, xb)
             if [x.shape for x in ours] != [x.shape for x in theirs]:
                 raise ValueError(f"{name} is used differently by the two networks, as where a model chooses its way by the data; name it in skip")
-            yield from ((x, target.forward(before)) for x, before in zip(ours, theirs))        # what the layer itself answers, before any hook
+            yield from ((x, target.forward(before.to(target.weight.dtype))) for x, before in zip(ours, theirs))      # what the layer itself answers: before any hook, outside of any autocast
     with evaluating(model), evaluating(dense): gram, cross = normal_equations(layer, seen(), ridge=ridge)
     weights, free = _stacked(layer), layer.weight[0].numel()
     mask = (weights != 0) | (torch.arange(weights.shape[-1], device=weights.device) >= free)      # zeros stay zero, a bias may be any number
@@ -278,11 +278,12 @@ def _by_name(model: nn.Module, chosen, field: str) -> dict:
     return dict(chosen)
 
 
-def _check_left(left: Sequence[str], *settings) -> None:
+def _check_left(left: Sequence[str], fitted: Collection[str], *settings) -> None:
     "A warning for weights that cannot be fitted; ValueError where a setting names one, or nothing else is there."
     if not left: return
-    why = "one shot fits plain linear and convolution layers that the model calls, with a weight and a bias of their own"
+    why = "one shot fits plain linear and convolution layers that the model calls, and attention, with a weight and a bias of their own"
     if named := [name for name in left if any(isinstance(s, Mapping) and name in s for s in settings)]: raise ValueError(f"{', '.join(named)} cannot be fitted: {why}")
+    if not fitted: raise ValueError(f"none of {', '.join(left)} can be fitted: {why}")
     warnings.warn(f"left as they are: {', '.join(left)}; {why}", stacklevel=3)
 
 
@@ -320,7 +321,7 @@ def one_shot_compress(
     small = copy.deepcopy(dense)
     with _opened(dense, small):
         layers = {name: own for name, own in _in_order(small, images[:batch_size]).items() if own in goals or own in codes}
-        _check_left([name for name in goals | codes if name not in layers.values()], sparsity, bits)
+        _check_left([name for name in goals | codes if name not in layers.values()], layers, sparsity, bits)
         goals = {own: goals[own] for own in layers.values() if own in goals}
         drops = {own: int((~m).sum()) for own, m in (grow_masks(small, goals, scope=scope, floor=floor) if goals else {}).items()}
         for name, own in tqdm(layers.items(), desc="one shot", unit="layer", disable=not progress):

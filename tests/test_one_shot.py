@@ -323,6 +323,34 @@ def test_a_layer_answers_what_its_hooks_are_shown(name):
         assert float((small(x) - net(x)).square().mean() / net(x).var()) < 0.1
 
 
+class Mixed(nn.Module):
+    "Half precision of its own making."
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention, self.last = nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.first(x).tanh()
+            return self.last(self.attention(x, x, x)[0]).float()
+
+
+def test_autocast_inside_a_model():
+    "What a layer is shown may be of a narrower type than its weights."
+    seed_everything(0)
+    net, x = Mixed().eval(), torch.randn(300, 4, 8)
+    small = one_shot_compress(net, x, sparsity=0.1, **QUIET)
+    with torch.no_grad():
+        assert float((small(x) - net(x)).square().mean() / net(x).var()) < 0.1
+
+
+def test_nothing_to_fit():
+    "Layers that are used under two names cannot be fitted; where there are no others, nothing would be done."
+    block = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="none of 0.weight can be fitted: one shot"):
+        one_shot_compress(nn.Sequential(block, nn.Tanh(), block), torch.randn(50, 8), sparsity=0.5, **QUIET)
+
+
 def test_attention_is_closed_after_an_error():
     "Whatever happens between, the modules are as before."
     net = nn.TransformerEncoderLayer(8, 2, 16).eval()
