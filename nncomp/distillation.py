@@ -6,13 +6,13 @@
 __all__ = ['AUGMENTATIONS', 'VGG_13', 'GUIDES', 'SIZES', 'ACCURACY_001', 'CHAINS_001', 'soften', 'soft_loss', 'distillation_loss',
            'legacy_distillation_loss', 'standardise_logits', 'decoupled_parts', 'decoupled_loss', 'hint_loss',
            'attention_map', 'attention_loss', 'watch', 'Matching', 'Ensemble', 'cache_logits', 'fixed_views',
-           'Distillation', 'distill', 'without_class', 'class_recall', 'expected_calibration_error', 'Drops', 'Course',
-           'train_by', 'judge', 'Distilled', 'DistilledMiniVGG', 'trained_teacher', 'run_distilled', 'teachers_folder',
-           'distilled_lenet_300_100', 'distilled_minivgg', 'CompressedVGG13', 'run_compressed_vgg13',
-           'compressed_vgg13', 'TaughtCompression', 'run_taught_compression', 'taught_compression', 'SoftTargetRun',
-           'run_soft_targets', 'distilled_mlp_200', 'Report001', 'run_report001', 'report001_distillation', 'Chains',
-           'run_chains', 'assistant_chains', 'distilled_table', 'guides_table', 'soft_targets_table',
-           'temperature_grid', 'report001_table', 'chain_table', 'vgg13_table', 'teacher_verdict']
+           'Distillation', 'distill', 'without_class', 'class_recall', 'expected_calibration_error', 'Drops',
+           'head_start_', 'SmoothedLabels', 'Course', 'train_by', 'judge', 'Distilled', 'DistilledMiniVGG',
+           'trained_teacher', 'run_distilled', 'teachers_folder', 'distilled_lenet_300_100', 'distilled_minivgg',
+           'CompressedVGG13', 'run_compressed_vgg13', 'compressed_vgg13', 'TaughtCompression', 'run_taught_compression',
+           'taught_compression', 'SoftTargetRun', 'run_soft_targets', 'distilled_mlp_200', 'Report001', 'run_report001',
+           'report001_distillation', 'Chains', 'run_chains', 'assistant_chains', 'distilled_table', 'guides_table',
+           'soft_targets_table', 'temperature_grid', 'report001_table', 'chain_table', 'vgg13_table', 'teacher_verdict']
 
 # %% ../nbs/60_distillation.ipynb #dbad74f1
 import contextlib
@@ -400,6 +400,36 @@ class Drops(Callback):
         for group in run.optimizer.param_groups: group["lr"] = group["initial_lr"] * 0.1**passed
 
 # %% ../nbs/60_distillation.ipynb #f44f4ead
+def head_start_(
+    model:nn.Module,   # of plain convolutions, the first of which sees `images`; changed in place
+    images:Tensor,     # (n, c, h, w), as they are trained on; some thousands
+) -> None:
+    """Begin where images are told apart already: the first convolution's filters are the principal components of the patches, each scaled to variance one, and their negatives
+    (Page 2019; Jordan 2024, §3.1); every later one passes its input channels on, and is random where it has more outputs than inputs (§3.2)."""
+    first, *later = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    patches = F.unfold(images.cpu().double(), first.kernel_size, stride=first.stride).transpose(1, 2).flatten(0, 1)
+    variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))                     # the last one varies most
+    filters = (components / (variance + 1e-2).sqrt()).T.flip(0).view(-1, *first.weight.shape[1:])
+    filters = torch.cat([filters, -filters])[:len(first.weight)]
+    with torch.no_grad():
+        first.weight[:len(filters)] = filters.to(first.weight)
+        for conv in later: nn.init.dirac_(conv.weight[:conv.in_channels])
+
+
+class SmoothedLabels:
+    "Cross entropy against labels that keep 1 - smoothing and spread the rest over all classes (Szegedy et al. 2016, §7), as `fit` takes a loss."
+    def __init__(self,
+        smoothing:float,  # in [0, 1]
+    ):
+        self.smoothing = check_fraction(smoothing, "smoothing")
+
+    def identity(self) -> str: return str(self.smoothing)
+
+    def __call__(self, model, xb, yb):
+        logits = _logits(model, xb)
+        return F.cross_entropy(logits, yb, label_smoothing=self.smoothing), logits
+
+
 @dataclass(frozen=True)
 class Course:
     "How one network is trained; the same with a teacher as without."
@@ -411,13 +441,17 @@ class Course:
     batch_size:int = 128        # images a step
     augment:str = "none"        # "none", "affine" or "crop-flip"
     drops:tuple[float, ...] = ()  # constant rate with these `Drops`; empty = one cycle
+    head_start:bool = False     # begin with `head_start_`
+    smoothing:float = 0.        # of the labels, in [0, 1]; only where nobody teaches
+    mixed_precision:str|None = None  # of `fit`
 
     def __post_init__(self):
+        check_fraction(self.smoothing, "smoothing")
         if self.augment not in AUGMENTATIONS: raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, got {self.augment!r}")
 
     def options(self) -> dict:
         "For `fit` and `distill`."
-        return dict(epochs=self.epochs, lr=self.lr, optimizer=self.optimizer, weight_decay=self.weight_decay, batch_size=self.batch_size, augment=AUGMENTATIONS[self.augment],
+        return dict(epochs=self.epochs, lr=self.lr, optimizer=self.optimizer, weight_decay=self.weight_decay, batch_size=self.batch_size, augment=AUGMENTATIONS[self.augment], mixed_precision=self.mixed_precision,
                     schedule="constant" if self.drops else "one-cycle", callbacks=[Drops(self.drops)] if self.drops else [])
 
 # %% ../nbs/60_distillation.ipynb #4db3ecad
@@ -436,10 +470,13 @@ def train_by(
     path, device = Path(path), device or default_device()
     path.parent.mkdir(parents=True, exist_ok=True)
     seed_everything(seed)
+    if teacher and course.smoothing: raise ValueError(f"a course with smoothing={course.smoothing:g} is for networks without a teacher, whose answers are smooth already")
     model = create_model_for(course.model, data).to(device)
+    if course.head_start: head_start_(model, data.train.x[:2000])
+    loss = SmoothedLabels(course.smoothing) if course.smoothing else None
     beside = lambda ending: path.with_name(path.name + ending)
     options = course.options() | dict(seed=seed, device=device, channels_last=images_by_channel(model), checkpoint=beside(".pt"), progress=progress, title=path.name)
-    _resumable(beside(".nncomp"), model, lambda: distill(model, teacher(), data, **options, **lesson) if teacher else fit(model, data, **options))
+    _resumable(beside(".nncomp"), model, lambda: distill(model, teacher(), data, **options, **lesson) if teacher else fit(model, data, loss=loss, **options))
     return load(beside(".nncomp"), into=create_model_for(course.model, data).to(device)).eval()  # from the file each time, so that no memory layout differs
 
 # %% ../nbs/60_distillation.ipynb #2c6cdc85
@@ -471,7 +508,7 @@ class Distilled:
         if self.views and self.student.epochs % self.views: raise ValueError(f"{self.student.epochs} epochs cannot be {self.views} views, each seen equally often")
 
 # %% ../nbs/60_distillation.ipynb #650374b6
-VGG_13 = Course("vgg13", epochs=10, lr=0.1, optimizer="sgd", weight_decay=5e-4, augment="crop-flip")
+VGG_13 = Course("vgg13", epochs=30, lr=0.1, optimizer="nesterov", weight_decay=5e-4, augment="crop-flip", head_start=True, smoothing=0.1, mixed_precision="bf16")
 
 
 @dataclass(frozen=True)
@@ -479,7 +516,7 @@ class DistilledMiniVGG(Distilled):
     "The same on CIFAR-10: VGG-13 teaches MiniVGG, live."
     dataset:str = "cifar10"
     teacher:Course = VGG_13
-    student:Course = replace(VGG_13, model="minivgg", epochs=20)
+    student:Course = replace(VGG_13, model="minivgg", epochs=40, smoothing=0.)
     views:int = 0
     recipe_views:int = 0
     teachers:int = 1

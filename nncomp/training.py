@@ -217,6 +217,7 @@ _OPTIMIZERS = {
     "adam": lambda params, s: torch.optim.Adam(params, s.lr, weight_decay=s.weight_decay),
     "adamw": lambda params, s: torch.optim.AdamW(params, s.lr, weight_decay=s.weight_decay),
     "sgd": lambda params, s: torch.optim.SGD(params, s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
+    "nesterov": lambda params, s: torch.optim.SGD(params, s.lr, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=True),
 }
 _PRECISIONS = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -614,10 +615,10 @@ def fit(
     epochs:int=10,             # passes over the training examples, at least 0
     lr:float=1e-3,             # the highest learning rate of the schedule
     batch_size:int=128,        # examples per step, over all processes together
-    optimizer:str="adam",      # "adam", "adamw" or "sgd"
+    optimizer:str="adam",      # "adam", "adamw", "sgd", or "nesterov" for its look ahead
     schedule:str="one-cycle",  # "one-cycle", "step", "cosine" or "constant", see `lr_factor`
     weight_decay:float=0.,     # the optimizer's own, on every parameter
-    momentum:float=0.9,        # of "sgd"
+    momentum:float=0.9,        # of "sgd" and "nesterov"; above 0 for the latter
     l1:float=0.,               # λ₁ of `penalty`, on the weights
     l2:float=0.,               # λ₂ of `penalty`, on the weights
     loss:Callable|None=None,   # called as loss(model, xb, yb) with a batch as it is in the split, returns its mean loss, alone or with the model's logits; None = cross entropy
