@@ -285,6 +285,12 @@ class DatasetSplit(Split):
         some = self.take(torch.arange(16) * len(self) // 16)
         return f"{len(self)} images, of which 16 are {some.fingerprint()}"
 
+# %% ../nbs/01_data.ipynb #d5000014
+def _in_batches(split_or_batches, batch_size=250):
+    "A context that gives pairs of examples and answers, from a split (none from an empty one) or as they come; what reads ahead is stopped at its end."
+    if not isinstance(split_or_batches, Split): return contextlib.nullcontext(split_or_batches)
+    return contextlib.closing(split_or_batches.in_order(batch_size)) if len(split_or_batches) else contextlib.nullcontext(())
+
 # %% ../nbs/01_data.ipynb #090a9ba1
 def normalise(
     images:Tensor,          # (n, c, h, w) uint8

@@ -6,13 +6,13 @@
 __all__ = ['AUGMENTATIONS', 'VGG_13', 'GUIDES', 'SIZES', 'ACCURACY_001', 'CHAINS_001', 'soften', 'soft_loss', 'distillation_loss',
            'legacy_distillation_loss', 'standardise_logits', 'decoupled_parts', 'decoupled_loss', 'hint_loss',
            'attention_map', 'attention_loss', 'watch', 'Matching', 'Ensemble', 'cache_logits', 'fixed_views',
-           'Distillation', 'distill', 'without_class', 'class_recall', 'expected_calibration_error', 'Drops',
-           'head_start_', 'SmoothedLabels', 'Course', 'train_by', 'judge', 'Distilled', 'DistilledMiniVGG',
-           'trained_teacher', 'run_distilled', 'teachers_folder', 'distilled_lenet_300_100', 'distilled_minivgg',
-           'CompressedVGG13', 'run_compressed_vgg13', 'compressed_vgg13', 'TaughtCompression', 'run_taught_compression',
-           'taught_compression', 'SoftTargetRun', 'run_soft_targets', 'distilled_mlp_200', 'Report001', 'run_report001',
-           'report001_distillation', 'Chains', 'run_chains', 'assistant_chains', 'distilled_table', 'guides_table',
-           'soft_targets_table', 'temperature_grid', 'report001_table', 'chain_table', 'vgg13_table', 'teacher_verdict']
+           'Distillation', 'distill', 'without_class', 'class_recall', 'expected_calibration_error', 'Drops', 'Course',
+           'train_by', 'judge', 'Distilled', 'DistilledMiniVGG', 'trained_teacher', 'run_distilled', 'teachers_folder',
+           'distilled_lenet_300_100', 'distilled_minivgg', 'CompressedVGG13', 'run_compressed_vgg13',
+           'compressed_vgg13', 'TaughtCompression', 'run_taught_compression', 'taught_compression', 'SoftTargetRun',
+           'run_soft_targets', 'distilled_mlp_200', 'Report001', 'run_report001', 'report001_distillation', 'Chains',
+           'run_chains', 'assistant_chains', 'distilled_table', 'guides_table', 'soft_targets_table',
+           'temperature_grid', 'report001_table', 'chain_table', 'vgg13_table', 'teacher_verdict']
 
 # %% ../nbs/60_distillation.ipynb #dbad74f1
 import contextlib
@@ -34,9 +34,9 @@ from .container import load, save
 from .core import check_finite, check_fraction, check_int, checksum, default_device, evaluating, remembered, require, seed_everything
 from .data import Data, Split, random_affine, random_crop_flip
 from .deep_compression import Recipe, _resumable, absorb_batch_norm, deep_compress, images_by_channel
-from .models import VGG_PLANS, create_model_for, load_data_for, mlp, model_names, register_model, vgg
+from .models import VGG_PLANS, create_model_for, head_start_, load_data_for, mlp, model_names, register_model, vgg
 from .results import Record, config_id, difference, experiment, find_experiment, load_records, paired_interval, spread
-from .training import Callback, Run, _device_of, _logits, callable_name, evaluate, fit
+from .training import Callback, Run, SmoothedLabels, _device_of, _logits, callable_name, evaluate, fit
 
 # %% ../nbs/60_distillation.ipynb #c5a2634f
 def _temperature(value):
@@ -400,36 +400,6 @@ class Drops(Callback):
         for group in run.optimizer.param_groups: group["lr"] = group["initial_lr"] * 0.1**passed
 
 # %% ../nbs/60_distillation.ipynb #f44f4ead
-def head_start_(
-    model:nn.Module,   # of plain convolutions, the first of which sees `images`; changed in place
-    images:Tensor,     # (n, c, h, w), as they are trained on; some thousands
-) -> None:
-    """Begin where images are told apart already: the first convolution's filters are the principal components of the patches, each scaled to variance one, and their negatives
-    (Page 2019; Jordan 2024, §3.1); every later one passes its input channels on, and is random where it has more outputs than inputs (§3.2)."""
-    first, *later = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    patches = F.unfold(images.cpu().double(), first.kernel_size, stride=first.stride).transpose(1, 2).flatten(0, 1)
-    variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))                     # the last one varies most
-    filters = (components / (variance + 1e-2).sqrt()).T.flip(0).view(-1, *first.weight.shape[1:])
-    filters = torch.cat([filters, -filters])[:len(first.weight)]
-    with torch.no_grad():
-        first.weight[:len(filters)] = filters.to(first.weight)
-        for conv in later: nn.init.dirac_(conv.weight[:conv.in_channels])
-
-
-class SmoothedLabels:
-    "Cross entropy against labels that keep 1 - smoothing and spread the rest over all classes (Szegedy et al. 2016, §7), as `fit` takes a loss."
-    def __init__(self,
-        smoothing:float,  # in [0, 1]
-    ):
-        self.smoothing = check_fraction(smoothing, "smoothing")
-
-    def identity(self) -> str: return str(self.smoothing)
-
-    def __call__(self, model, xb, yb):
-        logits = _logits(model, xb)
-        return F.cross_entropy(logits, yb, label_smoothing=self.smoothing), logits
-
-
 @dataclass(frozen=True)
 class Course:
     "How one network is trained; the same with a teacher as without."
@@ -515,8 +485,8 @@ VGG_13 = Course("vgg13", epochs=30, lr=0.1, optimizer="nesterov", weight_decay=5
 class DistilledMiniVGG(Distilled):
     "The same on CIFAR-10: VGG-13 teaches MiniVGG, live."
     dataset:str = "cifar10"
-    teacher:Course = VGG_13
-    student:Course = replace(VGG_13, model="minivgg", epochs=40, smoothing=0.)
+    teacher:Course = Course("vgg13", epochs=10, lr=0.1, optimizer="sgd", weight_decay=5e-4, augment="crop-flip")
+    student:Course = Course("minivgg", epochs=20, lr=0.1, optimizer="sgd", weight_decay=5e-4, augment="crop-flip")
     views:int = 0
     recipe_views:int = 0
     teachers:int = 1
@@ -578,6 +548,7 @@ def run_distilled(
                 distilled=train_by(course, images, seed, folder / "distilled", teacher=answers, temperature=config.temperature, alpha=config.alpha, **options))
     found = {name: remembered(folder / f"{name}.json", lambda: judge(net, data.test)) for name, net in nets.items()}
     pool, augment = _retraining(config, data, seed)
+    options |= dict(mixed_precision=config.student.mixed_precision)
     for name in ("alone", "distilled"): found[f"{name}-compressed"] = _compressed(config.recipe, nets[name], pool, augment, data.test, seed, folder, name, **options)
     last = found["distilled-compressed"]
     return dict(model=config.student.model, dataset=config.dataset, test_images=len(data.test), teacher_model=config.teacher.model, networks=found, dense_error_percent=found["distilled"]["error_percent"],
@@ -607,7 +578,9 @@ def distilled_minivgg(config:DistilledMiniVGG, seed:int, folder:Path) -> dict:
 class CompressedVGG13:
     "The teacher, compressed. It is the teacher of `DistilledMiniVGG` where the seed is the same."
     dataset:str = "cifar10"
-    course:Course = VGG_13
+    course:Course = DistilledMiniVGG.teacher
+    temperature:float = 4.      # T of the dense network's answers
+    alpha:float = 0.            # weight of the dense network's part; 0 = the labels alone
     recipe:Recipe = Recipe(sparsity=0.97, bits=4, prune_epochs=3, prune_lr=5e-4, share_epochs=1, coder="best")
 
 # %% ../nbs/60_distillation.ipynb #c583b000
@@ -626,7 +599,8 @@ def run_compressed_vgg13(
     data = load_data_for(config.dataset, config.course.model, device)
     net = trained_teacher(config.course, data, seed, teachers or folder, **options)
     dense = remembered(folder / "dense.json", lambda: judge(net, data.test))
-    last = _compressed(config.recipe, net, lambda: data, AUGMENTATIONS[config.course.augment], data.test, seed, folder, "dense", **options)
+    last = _compressed(config.recipe, net, lambda: data, AUGMENTATIONS[config.course.augment], data.test, seed, folder, "dense",
+                       loss=Distillation(net, temperature=config.temperature, alpha=config.alpha) if config.alpha else None, mixed_precision=config.course.mixed_precision, **options)
     return dict(model=config.course.model, dataset=config.dataset, test_images=len(data.test), dense=dense, compressed=last, dense_error_percent=dense["error_percent"],
                 file_error_percent=last["error_percent"], file_bytes=last["bytes"], dense_bytes=last["dense_bytes"], artefact=folder / "dense-compressed.nncomp")
 

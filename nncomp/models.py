@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VGG_PLANS', 'register_model', 'model_names', 'model_input_shape', 'create_model', 'mlp', 'lenet5_caffe',
-           'lenet5_classic', 'lenet5_same', 'lenet5_strided', 'vgg', 'load_data_for', 'create_model_for']
+           'lenet5_classic', 'lenet5_same', 'lenet5_strided', 'vgg', 'head_start_', 'load_data_for', 'create_model_for']
 
 # %% ../nbs/02_models.ipynb #74ee9f95
 from collections import OrderedDict
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .core import check_fraction, check_int
 from .data import Data, load_data
@@ -155,6 +156,24 @@ def vgg(
             layers[f"bn{convs}"], layers[f"relu{convs}"], channels = nn.BatchNorm2d(step), nn.ReLU(), step
     layers.update(average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc1=nn.Linear(channels, num_classes))
     return nn.Sequential(layers)
+
+# %% ../nbs/02_models.ipynb #a7000002
+def head_start_(
+    model:nn.Module,   # of plain convolutions, the first of which sees the images; changed in place
+    images:Tensor,     # (n, c, h, w), as they are trained on; some thousands
+) -> None:
+    """Begin where images are told apart already (Jordan 2024, §3.2 and 3.3): the filters of the first convolution are the principal components of the patches, scaled to variance one, and their negatives;
+    each later one passes its input channels on, and stays random where it has more outputs than inputs. ValueError for a model without convolutions, or grouped ones."""
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    if not convs or any(conv.groups > 1 for conv in convs): raise ValueError("a head start is for models of nn.Conv2d layers with groups=1")
+    first, *later = convs
+    patches = F.unfold(images.cpu().double(), first.kernel_size, dilation=first.dilation, stride=first.stride).transpose(1, 2).flatten(0, 1)
+    variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))                     # the last one varies most
+    filters = (components / (variance + 1e-2).sqrt()).T.flip(0).view(-1, *first.weight.shape[1:])
+    filters = torch.cat([filters, -filters])[:len(first.weight)]
+    with torch.no_grad():
+        first.weight[:len(filters)] = filters.to(first.weight)
+        for conv in later: nn.init.dirac_(conv.weight[:conv.in_channels])
 
 # %% ../nbs/02_models.ipynb #c8ab6f43
 _REGISTRY.update({

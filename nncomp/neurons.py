@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from .core import _input_type, check_fraction, check_int, count_parameters, default_device, evaluating, named_weights, require
-from .data import Split, load_data
+from .data import Split, _in_batches, load_data
 from .measure import count_macs
 from .models import create_model_for, model_input_shape
 from .pruning import apply_masks_, drop_lowest, drop_lowest_global, global_magnitude_masks, random_mask
@@ -159,11 +159,6 @@ class ScalePenalty(Callback):
     def identity(self) -> str: return str(self.strength)
 
 # %% ../nbs/12_neurons.ipynb #b01f68b7
-def _batches(data: Split | Iterable, size: int = 500) -> Iterable:
-    "Pairs of images and labels, from a split or as they come."
-    return data.in_order(size) if isinstance(data, Split) else data
-
-
 @contextlib.contextmanager
 def _listening(sites: list[_Site], gradients: bool) -> Iterator[dict[str, Tensor]]:
     "Note what each `following` layer is given, in a dict that each call of the model renews."
@@ -182,14 +177,15 @@ def _listening(sites: list[_Site], gradients: bool) -> Iterator[dict[str, Tensor
 def _signals(model: nn.Module, data, gradients: bool) -> Iterator[tuple[_Site, Tensor, Tensor]]:
     "Per batch and site: what the units put out, (n, units, positions, places), and the gradient of the summed loss or zeros."
     sites, like, empty = _sites(model), next(model.parameters()), True
-    for xb, yb in _batches(data):
-        with evaluating(model), torch.set_grad_enabled(gradients), _listening(sites, gradients) as seen:
-            logits, empty = model(xb.to(like.device, _input_type(xb, like.dtype))), False
-            values = [seen[site.name] for site in sites]
-            slopes = torch.autograd.grad(F.cross_entropy(logits, yb.to(like.device), reduction="sum"), values) if gradients else values
-        for site, v, g in zip(sites, values, slopes):
-            dense = type(site.following) is nn.Linear
-            yield site, *((t.detach().movedim(-1, 1) if dense else t.detach()).reshape(len(t), site.units, site.positions, -1) for t in (v, g))
+    with _in_batches(data, 500) as batches:
+        for xb, yb in batches:
+            with evaluating(model), torch.set_grad_enabled(gradients), _listening(sites, gradients) as seen:
+                logits, empty = model(xb.to(like.device, _input_type(xb, like.dtype))), False
+                values = [seen[site.name] for site in sites]
+                slopes = torch.autograd.grad(F.cross_entropy(logits, yb.to(like.device), reduction="sum"), values) if gradients else values
+            for site, v, g in zip(sites, values, slopes):
+                dense = type(site.following) is nn.Linear
+                yield site, *((t.detach().movedim(-1, 1) if dense else t.detach()).reshape(len(t), site.units, site.positions, -1) for t in (v, g))
     if empty: raise ValueError("there are no images to look at; an iterator is used up after one pass")
 
 # %% ../nbs/12_neurons.ipynb #fcb855ac

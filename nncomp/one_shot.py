@@ -407,19 +407,19 @@ _BASELINES = "dense", "cut-", "once-", "recalibrated-", "retrained-", "nearest-"
 
 @experiment("one-shot-lenet-300-100", baselines=_BASELINES)
 def one_shot_lenet_300_100(config:OneShot, seed:int, folder:Path) -> dict:
-    "LeNet-300-100 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-300-100 --seeds 5`; about three minutes a seed on one CPU core."
+    "LeNet-300-100 on MNIST, pruned and shared without training, and trained on from there. `nncomp reproduce one-shot-lenet-300-100 --seeds 5`; about three minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 
 @experiment("one-shot-lenet-5", configs=[ONE_SHOT_LENET_5], baselines=_BASELINES)
 def one_shot_lenet_5(config:OneShot, seed:int, folder:Path) -> dict:
-    "LeNet-5 on MNIST, pruned and shared without training. `nncomp reproduce one-shot-lenet-5 --seeds 5`; about ten minutes a seed on one CPU core."
+    "LeNet-5 on MNIST, pruned and shared without training, and trained on from there. `nncomp reproduce one-shot-lenet-5 --seeds 5`; about ten minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 
 @experiment("one-shot-minivgg", configs=[ONE_SHOT_MINIVGG], baselines=_BASELINES)
 def one_shot_minivgg(config:OneShot, seed:int, folder:Path) -> dict:
-    "A network with batch normalisation on CIFAR-10, pruned and shared without training. `nncomp reproduce one-shot-minivgg --seeds 3`; about forty minutes a seed on one CPU core."
+    "A network with batch normalisation on CIFAR-10, pruned and shared without training, and trained on from there. `nncomp reproduce one-shot-minivgg --seeds 3`; about forty minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 # %% ../nbs/42_one_shot.ipynb #c0500038

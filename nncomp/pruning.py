@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 from .core import _input_type, check_finite, check_fraction, check_int, check_plain, evaluating, named_weights
+from .data import Split, _in_batches
 from .training import Callback, Run
 
 # %% ../nbs/10_pruning.ipynb #62945255
@@ -224,7 +225,7 @@ def n_m_mask(
 # %% ../nbs/10_pruning.ipynb #445f9a37
 def first_order_scores(
     model:nn.Module,  # gives logits; in evaluation mode meanwhile; its gradients are left alone
-    batches:Iterable[tuple[Tensor,Tensor]],  # images (n, c, h, w) with labels (n,), such as `data.batches()`
+    batches:Split|Iterable[tuple[Tensor,Tensor]],  # images (n, c, h, w) with labels (n,), such as `data.train` or `data.batches()`
     *,
     loss:Callable=F.cross_entropy,  # called as loss(logits, labels), returns a scalar
 ) -> dict[str,Tensor]:              # weight name -> scores of its shape, at least 0, float32 or wider; larger = keep
@@ -232,8 +233,8 @@ def first_order_scores(
     weights = _some({name: w for name, w in named_weights(model).items() if w.requires_grad})
     check_plain(model, weights)
     scores, count, like = {name: torch.zeros_like(_wide(w)) for name, w in weights.items()}, 0, next(iter(weights.values()))
-    with evaluating(model), torch.enable_grad():
-        for xb, yb in batches:
+    with evaluating(model), torch.enable_grad(), _in_batches(batches) as pairs:
+        for xb, yb in pairs:
             grads = torch.autograd.grad(loss(model(xb.to(like.device, _input_type(xb, like.dtype))), yb.to(like.device)), list(weights.values()), allow_unused=True)
             for (name, w), g in zip(weights.items(), grads):
                 if g is not None: scores[name] += (_wide(w) * _wide(g)).abs()
@@ -275,7 +276,7 @@ def _squares(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
 # %% ../nbs/10_pruning.ipynb #a1fa0003
 def wanda_scores(
     model:nn.Module,  # in evaluation mode meanwhile; nothing is left on it
-    batches:Iterable[tuple[Tensor,Tensor]],  # images (n, c, h, w) with labels, which are not used, such as `data.batches()`
+    batches:Split|Iterable[tuple[Tensor,Tensor]],  # images (n, c, h, w) with labels, which are not used, such as `data.train` or `data.batches()`
 ) -> dict[str,Tensor]:  # weight name -> scores of its shape, at least 0, float32 or wider; larger = keep
     "How far a layer's output moves without each weight, |w| √E[Σ x²] (Sun et al. 2024; @eq-pruning-wanda); linear and convolution layers, a warning names weights of others."
     weights, sums, count = _some(named_weights(model)), {}, 0
@@ -290,8 +291,8 @@ def wanda_scores(
 
     hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in model.modules() if _is_plain(layer)]
     try:
-        with evaluating(model):
-            for xb, _ in batches:
+        with evaluating(model), _in_batches(batches) as pairs:
+            for xb, _ in pairs:
                 model(xb.to(like.device, _input_type(xb, like.dtype)))
                 count += len(xb)
     finally:

@@ -210,8 +210,9 @@ def replaceable(
     strangers = [name for name in keep if name not in convs]
     if strangers: raise ValueError(f"keep names {strangers[0]!r}, which is no convolution of the model; it has {', '.join(convs) or 'none'}")
     wide = {name: m for name, m in list(convs.items())[1:] if name not in keep and m.kernel_size != (1,) * len(m.kernel_size)}
-    for name, conv in wide.items():
-        if _unfit(conv): raise ValueError(f"{name} cannot become a Fire module ({_unfit(conv)}); leave it as it is with keep=({name!r},)")
+    if unfit := {name: _unfit(conv) for name, conv in wide.items() if _unfit(conv)}:
+        said, one = ", ".join(f"{name} ({why})" for name, why in unfit.items()), len(unfit) == 1
+        raise ValueError(f"{said} cannot become {'a Fire module; leave it as it is' if one else 'Fire modules; leave them as they are'} with keep={(*keep, *unfit)}")
     if not wide: raise ValueError("there is no convolution to replace: none behind the first has a kernel above 1 × 1")
     return {next(n for n, m in wide.items() if m is conv): conv for conv in wide.values()}
 
@@ -417,6 +418,7 @@ class Training:
     optimizer:str = "adam"      # of `fit`
     batch_size:int = 128        # images a step
     weight_decay:float = 0.     # of the optimizer
+    mixed_precision:str|None = None  # of `fit`
 
 
 @dataclass(frozen=True)
@@ -440,7 +442,7 @@ class Squeezed:
         return {arm: getattr(self, arm) for arm in ("plain", "normalised", "distilled") if getattr(self, arm) is not None}
 
 
-_SGD = partial(Training, optimizer="sgd", weight_decay=5e-4)
+_SGD = partial(Training, optimizer="sgd", weight_decay=5e-4, mixed_precision="bf16")
 VGG_MNIST = Squeezed(
     dense="vgg19", squeezed="squeezed-vgg", dense_training=Training(2, 1e-3), plain=Training(4, 1e-3), normalised=Training(4, 4e-3), distilled=None, dropout=0.5,
     recipe=Recipe(sparsity=0.7, prune_epochs=2, prune_lr=3e-4, share_epochs=1, share_lr=1e-4, coder="best"), dense_recipe=None)
@@ -493,7 +495,7 @@ def run_squeezed(
     nets, histories = _rivals(config, data, folder, seed, device, progress)
     valid = {arm: evaluate(net, data.valid, device=device) for arm, net in nets.items()}
     chosen = min(config.arms(), key=lambda arm: (valid[arm].errors, valid[arm].loss))
-    options = dict(seed=seed, device=device, progress=progress)
+    options = dict(seed=seed, device=device, mixed_precision=config.dense_training.mixed_precision, progress=progress)
     report, filed = _filed(nets[chosen], config.squeezed, data, config.recipe, folder / "squeezed.nncomp", **options)
     error = {arm: evaluate(net, data.test, device=device).error_percent for arm, net in nets.items()} | {"file": filed.error_percent}
     size = {arm: dense_bytes(nets[arm]) for arm in ("dense", chosen)} | {"file": report.file_bytes}

@@ -489,6 +489,15 @@ def test_first_order_against_finite_differences(kind):
         assert float(scores[name].view(-1)[i]) == pytest.approx(sum(change) / 2, rel=1e-3, abs=1e-9)
 
 
+def test_scores_take_a_split_as_well():
+    net, data = toy_net(), toy_data()
+    for score in first_order_scores, wanda_scores:
+        whole, batched = score(net, data.train), score(net, data.batches("train", 250, shuffle=False))
+        assert all(torch.equal(whole[name], batched[name]) for name in batched) and any(s.any() for s in whole.values())
+        with pytest.raises(ValueError, match="no batches"):
+            score(net, data.train.take(slice(0)))
+
+
 def test_first_order_leaves_frozen_and_unused_alone():
     net = toy_net()
     net[0].weight.requires_grad_(False)

@@ -1,4 +1,5 @@
 "Fire modules, squeezed networks, folding, conversion, and the experiments on small data."
+import ast
 import json
 from dataclasses import asdict, replace
 
@@ -184,8 +185,14 @@ def test_resnet_with_images():
     net = torchvision.models.resnet18(num_classes=5).eval()
     made = fireify(net, budget=1_000_000, images=torch.randn(4, 3, 32, 32))
     assert 900_000 < count_parameters(made) <= 1_000_000 and made(torch.randn(2, 3, 32, 32)).isfinite().all()
-    with pytest.raises(ValueError, match=r"features.1.conv.0.0 cannot become a Fire module \(groups=32\)"):
-        replaceable(torchvision.models.mobilenet_v2(num_classes=5))
+    mobile = torchvision.models.mobilenet_v2(num_classes=5)
+    unfit = r"features.1.conv.0.0 \(groups=32\), .*, features.17.conv.1.0 \(groups=960\) cannot become Fire modules"
+    with pytest.raises(ValueError, match=unfit) as said:
+        replaceable(mobile, keep="features.1.conv.1")
+    advice = str(said.value).split("keep=")[1]
+    with pytest.raises(ValueError, match="no convolution to replace"):  # the advice names all of them, and what was kept already
+        replaceable(mobile, keep=ast.literal_eval(advice))
+    assert advice.startswith("('features.1.conv.1', 'features.1.conv.0.0', ")
 
 
 def test_a_fire_network_learns():
