@@ -580,7 +580,7 @@ def parser() -> argparse.ArgumentParser:
             out=dict(default="demo.nncomp", metavar="FILE", help="the file to write (default: %(default)s)"),
             folder=dict(metavar="DIR", help="keep checkpoints here, and resume from them"), device=dict(help="cpu, cuda, …"), force=force, json=as_json)
     command("compress", _compress, "Write a checkpoint into one .nncomp file; lossless unless asked otherwise.",
-            input=dict(metavar="IN", help=".safetensors, .safetensors.index.json, .pt or .pth"), out=output,
+            input=dict(metavar="IN", help=".safetensors, .pt, .pth or .bin, or the .index.json of several"), out=output,
             sparsity=dict(type=float, metavar="S", help="fraction of each weight tensor to remove, in [0, 1]"),
             bits=dict(type=int, metavar="B", help="keep at most 2**B values a tensor, 1…16"),
             skip=dict(action="append", default=[], metavar="NAME", help="neither prune nor share this tensor, or those that fit a pattern such as 'head.*'; may be given again"),

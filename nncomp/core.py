@@ -175,6 +175,11 @@ def evaluating(
     finally:
         for module, mode in modes.items(): module.training = mode
 
+
+def _gradients_in_evaluation(model: nn.Module):
+    "A context in which a recurrent layer on a graphics card gives gradients in evaluation mode, which cuDNN's do not."
+    return torch.backends.cudnn.flags(enabled=False) if any(isinstance(m, nn.RNNBase) for m in model.modules()) else contextlib.nullcontext()
+
 # %% ../nbs/00_core.ipynb #c0a91d02
 def _input_type(x:Tensor, dtype:torch.dtype) -> torch.dtype:
     "The type in which a model with parameters of type `dtype` is shown `x`: numbers and bytes in its own, token ids (any other integers) in theirs."

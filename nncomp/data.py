@@ -70,7 +70,8 @@ def stratified_split(
 ) -> tuple[Tensor, Tensor]:  # indices kept and indices held out, each ascending
     "Hold out exactly `count` images, every class in proportion (largest remainders)."
     check_int(count, 0, len(y), "count")
-    y = torch.as_tensor(y[:] if hasattr(y, "split") else y)
+    y = torch.as_tensor(y[:] if hasattr(y, "split") else y).cpu()
+    if len(y) and y.min() < 0: raise ValueError(f"classes are counted from 0, got {int(y.min())}; leave such examples out first")
     if not count: return torch.arange(len(y)), torch.arange(0)
     share = torch.bincount(y).double() * count / len(y)
     take = share.floor().long()
@@ -301,7 +302,7 @@ def normalise(
     top:int=255,            # the integer that means 1.0
 ) -> Tensor:                # (n, c, size, size) float32
     "Scale integers to [0, 1], resize, subtract the mean and divide by the deviation (@eq-data-normalise)."
-    x = images.contiguous().to(torch.float32).div_(top)
+    x = images.contiguous().to(torch.float32, copy=True).div_(top)
     if size is not None and tuple(x.shape[2:]) != (size, size):
         resized = lambda: F.interpolate(x, (size, size), mode="bilinear", antialias=size < max(x.shape[2:]), align_corners=False)
         x = resized() if len(x) else x.new_empty(0, x.shape[1], size, size)   # PyTorch refuses to resize nothing
@@ -451,10 +452,12 @@ def _list_images(folder):
 # %% ../nbs/01_data.ipynb #60542fcd
 def _read_folder(path, size):
     "A folder of images, split as it is laid out, or one fifth held out as a test set."
-    split = (path / "train").is_dir() and (path / "test").is_dir()
-    listed = {part: _list_images(path / part) for part in ("train", "valid", "test") if (path / part).is_dir()} if split else {}
-    if not split:
-        paths, y, classes = _list_images(path)
+    classes_in = lambda part: (path / part).is_dir() and any(p.is_dir() for p in (path / part).iterdir())
+    parts = {part: name for part, names in dict(train=["train"], valid=["valid", "val"], test=["test"]).items() for name in names[::-1] if classes_in(name)}
+    split = "train" in parts and len(parts) > 1
+    listed = {part: _list_images(path / name) for part, name in parts.items()} if split else {}
+    if "test" not in listed:
+        paths, y, classes = listed.get("train") or _list_images(path)
         for part, index in zip(("train", "test"), stratified_split(y, round(len(y) / 5)), strict=True):
             listed[part] = [paths[i] for i in index.tolist()], y[index], classes
     classes = listed["train"][2]

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from .core import check_fraction, check_int
 from .data import Data, load_data
@@ -166,7 +167,9 @@ def head_start_(
     each later one passes its input channels on, and stays random where it has more outputs than inputs. ValueError for a model without convolutions, or grouped ones."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     if not convs or any(conv.groups > 1 for conv in convs): raise ValueError("a head start is for models of nn.Conv2d layers with groups=1")
+    if any(parametrize.is_parametrized(conv) for conv in convs): raise ValueError("the model has parametrized tensors; make them plain first (torch.nn.utils.parametrize.remove_parametrizations)")
     first, *later = convs
+    if images.ndim != 4 or images.shape[1] != first.in_channels: raise ValueError(f"images must be (n, {first.in_channels}, h, w) for the first convolution, got {tuple(images.shape)}")
     patches = F.unfold(images.cpu().double(), first.kernel_size, dilation=first.dilation, stride=first.stride).transpose(1, 2).flatten(0, 1)
     variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))                     # the last one varies most
     filters = (components / (variance + 1e-2).sqrt()).T.flip(0).view(-1, *first.weight.shape[1:])

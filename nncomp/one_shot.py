@@ -20,13 +20,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from .core import _input_type, check_finite, check_int, check_plain, default_device, evaluating, named_weights, remembered, require, unwrap
 from .container import save
 from .data import load_data, random_crop_flip
-from .deep_compression import Recipe
+from .deep_compression import Recipe, _check_task
 from .kmeans import kmeans_1d
 from .models import model_input_shape
 from .pruning import MaskCallback, _is_plain, apply_masks_, drop_lowest
@@ -42,9 +41,9 @@ LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 def _columns(layer: nn.Module, x: Tensor) -> Tensor:
     "What the weights of each group multiply, (groups, positions, d)."
     if isinstance(layer, nn.Linear): return x.reshape(1, -1, x.shape[-1])
-    d, g, bias = layer.weight[0].numel(), layer.groups, {} if layer.bias is None else {"bias": x.new_zeros(layer.weight[0].numel() * layer.groups)}
+    d, g = layer.weight[0].numel(), layer.groups
     units = torch.eye(d, dtype=x.dtype, device=x.device).view(d, *layer.weight.shape[1:]).repeat(g, *[1] * (layer.weight.ndim - 1))
-    with torch.autocast(x.device.type, enabled=False): return functional_call(layer, {"weight": units} | bias, (x,)).movedim(1, -1).reshape(-1, g, d).transpose(0, 1)
+    with torch.autocast(x.device.type, enabled=False): return layer._conv_forward(x, units, None).movedim(1, -1).reshape(-1, g, d).transpose(0, 1)
 
 
 def _answers(layer: nn.Module, y: Tensor) -> Tensor:
@@ -222,17 +221,19 @@ def _opened(*models: nn.Module) -> Iterator[None]:
             del m.core, m.inside
 
 # %% ../nbs/42_one_shot.ipynb #c0500029
-def _shown(model: nn.Module, images: Tensor) -> Tensor:
-    "Pass images through a model, in the model's type and on its device."
+def _shown(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
+    "Pass images through a model, in the model's type and on its device; what it draws at random follows from `seed`, and the caller's random numbers go on as before."
     like = next(model.parameters())
-    return model(images.to(like.device, _input_type(images, like.dtype)))
+    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return model(images.to(like.device, _input_type(images, like.dtype)))
 
 
-def _seen_by(model: nn.Module, layer: nn.Module, images: Tensor) -> list[Tensor]:
+def _seen_by(model: nn.Module, layer: nn.Module, images: Tensor, seed: int) -> list[Tensor]:
     "What a layer is shown at each use: copies, since what comes later may change it in place."
     shown = []
     hook = layer.register_forward_pre_hook(lambda _, args, kwargs: shown.append((args[0] if args else kwargs["input"]).clone()), with_kwargs=True)
-    try: _shown(model, images)
+    try: _shown(model, images, seed)
     finally: hook.remove()
     return shown
 
@@ -255,8 +256,8 @@ def _fit_layer_(dense: nn.Module, model: nn.Module, name: str, images: Tensor, b
     "Prune and share one layer of `model` so that it answers as that of `dense`."
     layer, target = model.get_submodule(name), dense.get_submodule(name)
     def seen():
-        for xb in images.split(batch_size):
-            ours, theirs = _seen_by(model, layer, xb), _seen_by(dense, target, xb)
+        for i, xb in enumerate(images.split(batch_size)):
+            ours, theirs = _seen_by(model, layer, xb, i), _seen_by(dense, target, xb, i)        # alike in what the two draw at random
             if [x.shape for x in ours] != [x.shape for x in theirs]:
                 raise ValueError(f"{name} is used differently by the two networks, as where a model chooses its way by the data; name it in skip")
             yield from ((x, target.forward(before.to(target.weight.dtype))) for x, before in zip(ours, theirs))      # what the layer itself answers: before any hook, outside of any autocast
@@ -313,7 +314,7 @@ def one_shot_compress(
     model = unwrap(model)
     plan = Recipe(sparsity=sparsity, bits=16 if bits is None else bits, scope=scope, floor=floor, skip=skip)
     if not named_weights(model): raise ValueError("the model has no weights: no floating-point parameter of rank two or more")
-    check_plain(model, named_weights(model)), _check_images(images), check_int(rounds, 1, name="rounds"), check_int(batch_size, 1, name="batch_size")
+    _check_task(model, None, None), check_plain(model, [name for name, _ in model.named_parameters()]), _check_images(images), check_int(rounds, 1, name="rounds"), check_int(batch_size, 1, name="batch_size")
     goals, codes = (_by_name(model, plan.by_tensor(model, field), field) for field in ("sparsity", "bits"))
     goals, codes = {name: s for name, s in goals.items() if s}, {} if bits is None else codes
     if not goals and not codes: raise ValueError("there is nothing to do: give a sparsity above 0, or bits")
@@ -407,7 +408,7 @@ _BASELINES = "dense", "cut-", "once-", "recalibrated-", "retrained-", "nearest-"
 
 @experiment("one-shot-lenet-300-100", baselines=_BASELINES)
 def one_shot_lenet_300_100(config:OneShot, seed:int, folder:Path) -> dict:
-    "LeNet-300-100 on MNIST, pruned and shared without training, and trained on from there. `nncomp reproduce one-shot-lenet-300-100 --seeds 5`; about three minutes a seed on one CPU core."
+    "LeNet-300-100 on MNIST, pruned and shared without training, and trained on from there. `nncomp reproduce one-shot-lenet-300-100 --seeds 5`; about two minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 
@@ -419,7 +420,7 @@ def one_shot_lenet_5(config:OneShot, seed:int, folder:Path) -> dict:
 
 @experiment("one-shot-minivgg", configs=[ONE_SHOT_MINIVGG], baselines=_BASELINES)
 def one_shot_minivgg(config:OneShot, seed:int, folder:Path) -> dict:
-    "A network with batch normalisation on CIFAR-10, pruned and shared without training, and trained on from there. `nncomp reproduce one-shot-minivgg --seeds 3`; about forty minutes a seed on one CPU core."
+    "A network with batch normalisation on CIFAR-10, pruned and shared without training, and trained on from there. `nncomp reproduce one-shot-minivgg --seeds 3`; forty to eighty minutes a seed on one CPU core."
     return run_one_shot(config, seed, folder)
 
 # %% ../nbs/42_one_shot.ipynb #c0500038

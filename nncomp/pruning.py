@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
-from .core import _input_type, check_finite, check_fraction, check_int, check_plain, evaluating, named_weights
+from .core import _gradients_in_evaluation, _input_type, check_finite, check_fraction, check_int, check_plain, evaluating, named_weights
 from .data import Split, _in_batches
 from .training import Callback, Run
 
@@ -223,6 +223,11 @@ def n_m_mask(
     return torch.ones_like(groups, dtype=torch.bool).scatter(-1, order, False).reshape(last.shape).movedim(-1, dim)
 
 # %% ../nbs/10_pruning.ipynb #445f9a37
+def _as_answers(y: Tensor) -> Tensor:
+    "Classes in any integer type as cross entropy takes them; other answers as they are."
+    return y.long() if y.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else y
+
+
 def first_order_scores(
     model:nn.Module,  # gives logits; in evaluation mode meanwhile; its gradients are left alone
     batches:Split|Iterable[tuple[Tensor,Tensor]],  # images (n, c, h, w) with labels (n,), such as `data.train` or `data.batches()`
@@ -233,9 +238,9 @@ def first_order_scores(
     weights = _some({name: w for name, w in named_weights(model).items() if w.requires_grad})
     check_plain(model, weights)
     scores, count, like = {name: torch.zeros_like(_wide(w)) for name, w in weights.items()}, 0, next(iter(weights.values()))
-    with evaluating(model), torch.enable_grad(), _in_batches(batches) as pairs:
+    with evaluating(model), torch.enable_grad(), _gradients_in_evaluation(model), _in_batches(batches) as pairs:
         for xb, yb in pairs:
-            grads = torch.autograd.grad(loss(model(xb.to(like.device, _input_type(xb, like.dtype))), yb.to(like.device)), list(weights.values()), allow_unused=True)
+            grads = torch.autograd.grad(loss(model(xb.to(like.device, _input_type(xb, like.dtype))), _as_answers(yb).to(like.device)), list(weights.values()), allow_unused=True)
             for (name, w), g in zip(weights.items(), grads):
                 if g is not None: scores[name] += (_wide(w) * _wide(g)).abs()
             count += 1
@@ -264,12 +269,21 @@ def _is_plain(layer: nn.Module, kinds: tuple[type, ...] = _MULTIPLIES) -> bool:
     return any(isinstance(layer, kind) and same(kind, "forward") and same(kind, "_conv_forward") for kind in kinds)
 
 
+class _Bare(nn.Module):
+    "A layer without its hooks."
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs): return self.layer.forward(*args, **kwargs)
+
+
 def _squares(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
     "For each weight of `layer`, the sum over images and positions of the squared input that it multiplies."
     square = lambda x: _wide(x).square() if isinstance(x, Tensor) else x
     probe = torch.zeros_like(_wide(layer.weight), requires_grad=True)
     with torch.enable_grad(), torch.autocast(probe.device.type, enabled=False):
-        out = functional_call(layer, {"weight": probe} | ({} if layer.bias is None else {"bias": torch.zeros_like(_wide(layer.bias))}),
+        out = functional_call(_Bare(layer), {"layer.weight": probe} | ({} if layer.bias is None else {"layer.bias": torch.zeros_like(_wide(layer.bias))}),
                               tuple(map(square, args)), {key: square(x) for key, x in kwargs.items()})
         return torch.autograd.grad(out.sum(), probe)[0]
 
@@ -285,7 +299,7 @@ def wanda_scores(
     by_id, like = {id(w): name for name, w in weights.items() if id(w) not in elsewhere}, next(iter(weights.values()))
 
     def add(layer, args, kwargs):
-        if torch.is_grad_enabled() or id(layer.weight) not in by_id: return           # the pass of `_squares` itself comes by here as well
+        if id(layer.weight) not in by_id: return
         name = by_id[id(layer.weight)]
         sums[name] = sums.get(name, 0) + _squares(layer, args, kwargs)
 

@@ -782,6 +782,6 @@ def price_verdict(
     records = load_records("rate-distortion-lenet-300-100", root)
     if len(records) < 2: return "A price on bits: not run yet."
     equal = sum(all(r.metrics["priced"][key] <= r.metrics["plain"][key] for key in ("valid_loss", "valid_error_percent")) for r in records)
-    return (f"A price on bits was at equal validation accuracy, the rule of its choice, for {equal} of {len(records)} seeds. "
+    return (f"A price on bits, with weighed distances and new assignments, was at equal validation accuracy, the rule of its choice, for {equal} of {len(records)} seeds. "
             f"Against k-means with {2**RateDistortion.bits[0]} values {_priced_against(records, lambda r: r.metrics['plain'])}. "
             f"Against k-means with the number of values chosen by the same rule {_priced_against(records, _chosen_plain)}.")

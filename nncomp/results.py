@@ -75,7 +75,7 @@ class Experiment:
     config_class: type    # a frozen dataclass
     configs: tuple        # the configurations to run; the first one's file is shipped
     artefact: int | None  # the seed whose file is shipped; None = the lowest
-    baselines: tuple[str, ...] = ()  # how the names of arms begin that are there to be compared with, and no dots of 91
+    baselines: tuple[str, ...] = ()  # how the names of those parts of the metrics begin that are only compared with, and no dots of the chapter on accuracy against bytes
 
 
 _EXPERIMENTS: dict[str, Experiment] = {}
@@ -95,7 +95,7 @@ def experiment(
     *,
     artefact:int|None=None,         # the seed whose file goes to models/; None = the lowest seed that has run
     configs:Sequence|None=None,     # configurations to run; None = the one with all defaults
-    baselines:Sequence[str]=(),     # how the names of arms begin that are there to be compared with
+    baselines:Sequence[str]=(),     # how the names of those parts of the metrics begin that are only compared with
 ) -> Callable:                      # a decorator that registers the function and returns it unchanged
     "Register `run(config, seed, folder) -> metrics` under `name`; another function of that name is a `ValueError`."
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) or name == "benchmarks":
@@ -430,7 +430,7 @@ def load_benchmark(
 
 # %% ../nbs/06_results.ipynb #1cd6a406
 def _number(value, digits:int|None) -> str:
-    "A cell of a benchmark's table: three significant digits or `digits` decimals, – for None, text as it is."
+    "A cell of a benchmark's table: whole numbers whole, others with three significant digits (all those before the point) or `digits` decimals, – for None, text as it is."
     if value is None or isinstance(value, str): return "–" if value is None else value
     if digits is None: digits = 0 if isinstance(value, int) or not value else max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{digits}f}"

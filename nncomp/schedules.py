@@ -537,13 +537,13 @@ def _sparsity_curve(config: SparsityCurve, seed: int, folder: Path) -> dict:
 # %% ../nbs/11_schedules.ipynb #8895933d
 @experiment("sparsity-curve-lenet-300-100")
 def sparsity_curve(config:SparsityCurve, seed:int, folder:Path) -> dict:
-    "Test error against sparsity by rule, before and after retraining. `nncomp reproduce sparsity-curve-lenet-300-100`; about five minutes a seed on one CPU core."
+    "Test error against sparsity by rule, before and after retraining. `nncomp reproduce sparsity-curve-lenet-300-100`; about three minutes a seed on one CPU core."
     return _sparsity_curve(config, seed, folder)
 
 
 @experiment("sparsity-curve-lenet-5", configs=[CURVE_LENET_5])
 def sparsity_curve_lenet_5(config:SparsityCurve, seed:int, folder:Path) -> dict:
-    "Test error of a network of convolutions against sparsity by rule, before and after retraining. `nncomp reproduce sparsity-curve-lenet-5`; about eight minutes a seed on one CPU core."
+    "Test error of a network of convolutions against sparsity by rule, before and after retraining. `nncomp reproduce sparsity-curve-lenet-5`; about twenty minutes a seed on one CPU core."
     return _sparsity_curve(config, seed, folder)
 
 
@@ -566,7 +566,7 @@ class Norms:
 
 @experiment("norms-lenet-300-100")
 def penalty_norms(config:Norms, seed:int, folder:Path) -> dict:
-    "Test error against sparsity with no penalty, L1 or L2 (Han et al. 2015, fig. 5). `nncomp reproduce norms-lenet-300-100`; about two minutes a seed on one CPU core."
+    "Test error against sparsity with no penalty, L1 or L2 (Han et al. 2015, fig. 5). `nncomp reproduce norms-lenet-300-100`; three to eight minutes a seed on one CPU core."
     data = load_data(config.dataset, size=model_input_shape(config.model)[-1])
     found = {"test_images": len(data.test)}
     for norm, options in (("none", {}), ("l1", {"l1": config.l1}), ("l2", {"l2": config.l2})):
@@ -615,7 +615,7 @@ class DropoutAblation:
 
 @experiment("dropout-rule-lenet-300-100")
 def dropout_ablation(config:DropoutAblation, seed:int, folder:Path) -> dict:
-    "Test error after retraining with three rates (Han et al. 2015, sec. 3.2). `nncomp reproduce dropout-rule-lenet-300-100`; about three minutes a seed on one CPU core."
+    "Test error after retraining with three rates (Han et al. 2015, sec. 3.2). `nncomp reproduce dropout-rule-lenet-300-100`; twelve to thirty minutes a seed on one CPU core."
     data = load_data(config.dataset, size=model_input_shape(config.model)[-1])
     model = _dense(config, data, seed, folder, dropout=config.rate)
     found = {"dense": evaluate(model, data.test).error_percent, "test_images": len(data.test)}
@@ -647,7 +647,7 @@ class NormRecalibration:
 
 @experiment("batch-norm-recalibration")
 def norm_recalibration(config:NormRecalibration, seed:int, folder:Path) -> dict:
-    "Test accuracy after a cut, with and without recalibration. `nncomp reproduce batch-norm-recalibration`; about three minutes a seed on one CPU core."
+    "Test accuracy after a cut, with and without recalibration. `nncomp reproduce batch-norm-recalibration`; six to nine minutes a seed on one CPU core."
     data = load_data(config.dataset, size=model_input_shape(config.model)[-1])
     data = replace(data, train=data.train.take(slice(config.train_images)), valid=data.valid.take(slice(500)), test=data.test.take(slice(config.test_images)))
     model = _dense(config, data, seed, folder, channels_last=True)
@@ -728,5 +728,5 @@ def sparsest_lenet_300_100(config:Sparsest, seed:int, folder:Path) -> dict:
 
 @experiment("sparsest-lenet-5")
 def sparsest_lenet_5(config:SparsestLeNet5, seed:int, folder:Path) -> dict:
-    "Caffe's LeNet-5 on MNIST with one weight in 167. `nncomp reproduce sparsest-lenet-5`; about seven minutes a seed on one CPU core."
+    "Caffe's LeNet-5 on MNIST with one weight in 167. `nncomp reproduce sparsest-lenet-5`; eleven to twenty-three minutes a seed on one CPU core."
     return _sparsest(config, seed, folder, config.score, {"epochs": config.plain_epochs, "lr": config.plain_lr})

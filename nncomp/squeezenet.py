@@ -29,6 +29,7 @@ from .data import Batches, Data, load_data, random_affine, random_crop_flip
 from .deep_compression import Recipe, deep_compress, images_by_channel
 from .measure import count_macs, dense_bytes
 from .models import create_model_for, model_input_shape, register_model
+from .pruning import _is_plain
 from .results import config_id, difference, experiment, load_records, spread
 from .training import _logits, evaluate, fit
 
@@ -170,12 +171,12 @@ def fold_batch_norm(
     for module in list(model.modules()):
         if isinstance(module, Fire): _fold_fire_(module)
         if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward: continue
-        named = list(module.named_children())
+        named = list(module._modules.items())                                     # as they run: one in several places counts each time
         for (_, conv), (name, norm) in zip(named, named[1:]):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if _is_plain(conv, (nn.Conv2d,)) and not conv._forward_hooks and isinstance(norm, nn.BatchNorm2d):
                 if any(uses[id(p)] > 1 for m in (conv, norm) for p in m.parameters()): raise ValueError(f"{name} or the convolution before it is used in several places, so it cannot be folded")
                 _fold_(conv, norm)
-                delattr(module, name)
+                module._modules[name] = nn.Identity()                             # so that the others keep their places
     left = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if left: raise ValueError(f"{left[0]} has no convolution directly before it in a Sequential, so it cannot be folded")
     return model
@@ -323,7 +324,7 @@ _POSITIONS = 20_000  # for a least squares fit, about
 def _watched(model, layer, images):
     "What a layer gets and gives when the model sees images, in evaluation mode."
     seen = []
-    hook = layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    hook = layer.register_forward_hook(lambda module, args, output: seen.append((args[0].clone(), output.clone())))   # what comes later may change them in place
     try:
         with evaluating(model): model(images.to(layer.weight.device, _input_type(images, layer.weight.dtype)))
     finally: hook.remove()
@@ -383,7 +384,7 @@ def augmented(
     dataset:str,        # a name of `load_data`
     size:int,           # height and width, pixels
     device:str|torch.device="cpu",
-) -> Augmented:         # digits stay as they are
+) -> Augmented:         # the built-in digits stay as they are
     "A data set with the changes that suit it."
     data = load_data(dataset, size=size, device=device)
     return Augmented(**{f.name: getattr(data, f.name) for f in fields(data)}, augment=AUGMENT.get(dataset))
@@ -407,7 +408,7 @@ class SoftTargets:
         logits, t = _logits(model, xb), self.temperature
         with evaluating(self.teacher): soft = (_logits(self.teacher, xb).to(logits) / t).softmax(1)
         divergence = F.kl_div((logits / t).log_softmax(1), soft, reduction="batchmean")
-        return self.alpha * t**2 * divergence + (1 - self.alpha) * F.cross_entropy(logits, yb), logits
+        return self.alpha * t**2 * divergence + (1 - self.alpha) * F.cross_entropy(logits, yb.long()), logits
 
 # %% ../nbs/50_squeezenet.ipynb #67ad2419
 @dataclass(frozen=True)
@@ -515,7 +516,7 @@ def squeezed_lenet_mnist(config:Squeezed, seed:int, folder:Path) -> dict:
 
 @experiment("squeezed-vgg-mnist", configs=[VGG_MNIST])
 def squeezed_vgg_mnist(config:Squeezed, seed:int, folder:Path) -> dict:
-    "VGG-19 → squeezed VGG (report 004), MNIST at 32 × 32. `nncomp reproduce squeezed-vgg-mnist --seeds 3`; about an hour and a half a seed on two CPU cores."
+    "VGG-19 → squeezed VGG (report 004), MNIST at 32 × 32. `nncomp reproduce squeezed-vgg-mnist --seeds 3`; about an hour a seed on two CPU cores."
     return run_squeezed(config, seed, folder)
 
 

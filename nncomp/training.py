@@ -145,7 +145,7 @@ def evaluate(
 ) -> Metrics:
     "Loss and exact number of errors, in evaluation mode; ValueError where there are no examples. What a `loss` draws at random is the same each time."
     home = _device_of(model)
-    device, n, losses, right = torch.device(device or home), 0, [torch.zeros(1)], [torch.zeros(0, dtype=torch.bool)]
+    device, n, losses, right, left_out = torch.device(device or home), 0, [torch.zeros(1)], [torch.zeros(0, dtype=torch.bool)], []
     _check_criterion(loss)
     with contextlib.ExitStack() as stack:
         batches = stack.enter_context(_in_batches(split_or_batches, batch_size))
@@ -162,8 +162,10 @@ def evaluate(
                 losses.append(len(yb) * _answered(loss, model, xb, yb)[0].double()[None])
                 continue
             logits, yb = _logits(model, xb).float(), _labels(yb)
+            left_out.append((yb == -100).sum()[None])                       # as cross entropy leaves them out
             losses.append(F.cross_entropy(logits, yb, reduction="none"))
             right.append(_right(logits, yb))
+    n -= sum(int(l) for l in left_out)
     if not n: raise ValueError("there are no examples to evaluate on")
     mean = float(sum(l.cpu().double().sum() for l in losses)) / n
     if loss is not None: return Metrics(n, mean, math.nan, None)
@@ -176,12 +178,12 @@ def validate(
     data:Data,               # its validation part is looked at
     *,
     loss:Callable|None=None, # what the model was trained with, see `fit`
-    batch_size:int=250,      # where the answers are no classes
+    batch_size:int=250,      # examples at once; where the answers are classes, at most 250, and what is found does not depend on it beyond rounding
     device:str|torch.device|None=None,  # None = where the model is
 ) -> Metrics:                # NaN where the part is empty
     "How a network does on the validation examples: by cross entropy and errors where the answers are classes, else by the loss it is trained with."
     if not len(data.valid): return Metrics(0, math.nan, math.nan, 0 if data.classification else None)
-    if data.classification: return evaluate(model, data.valid, device=device)
+    if data.classification: return evaluate(model, data.valid, batch_size=min(250, batch_size), device=device)
     return evaluate(model, data.valid, loss=loss, batch_size=batch_size, device=device)
 
 
@@ -314,24 +316,26 @@ def _agree(tensors, how):
 # %% ../nbs/03_training.ipynb #aa01749e
 class _Tally:
     "Losses and hits of an epoch, kept on the device until somebody wants to read them."
-    def __init__(self, counting=True): self.losses, self.right, self.counts, self.read, self.counting = [], [], [], time.monotonic(), counting
+    def __init__(self, counting=True): self.losses, self.right, self.left_out, self.counts, self.read, self.counting = [], [], [], [], time.monotonic(), counting
 
     def add(self, loss, outputs, yb, n):
         "Note a step on `n` examples."
         self.losses.append(loss.detach())
         logits = self.counting and isinstance(outputs, Tensor) and outputs.ndim == 2
         self.right.append(outputs.detach().argmax(1).eq(yb)[:n] if logits else None)
+        self.left_out.append(yb[:n].eq(-100) if logits else None)
         self.counts.append(n)
 
     def sums(self, run):
-        "Total loss, hits (NaN where there is nothing to count) and examples so far; FloatingPointError where a loss is not finite."
-        self.read = time.monotonic()
-        losses, hits = torch.stack(self.losses).tolist(), math.nan if any(r is None for r in self.right) else int(torch.cat(self.right).sum())
+        "Total loss, hits (NaN where there is nothing to count), examples so far and those with a class (not -100); FloatingPointError where a loss is not finite."
+        self.read, n = time.monotonic(), sum(self.counts)
+        losses, countable = torch.stack(self.losses).tolist(), all(r is not None for r in self.right)
+        hits, classes = (int(torch.cat(self.right).sum()), n - int(torch.cat(self.left_out).sum())) if countable else (math.nan, n)
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} in epoch {run.epoch + 1}, step {i + 1} of {run.steps_per_epoch}: "
                                          "lower lr, or look for NaN in the data")
-        return [math.fsum(a * n for a, n in zip(losses, self.counts)), hits, sum(self.counts)]
+        return [math.fsum(a * n for a, n in zip(losses, self.counts)), hits, n, classes]
 
 
 # %% ../nbs/03_training.ipynb #00fa26ae
@@ -387,14 +391,14 @@ def _train_epoch(run, plan, bar):
                 raise
             bar.update()
             if time.monotonic() - tally.read > 0.5:
-                loss, hits, n = tally.sums(run)
-                means = dict(loss=loss / max(n, 1), accuracy=hits / max(n, 1))
+                loss, hits, n, classes = tally.sums(run)
+                means = dict(loss=loss / max(n, 1), accuracy=hits / max(classes, 1))
                 bar.set_postfix({key: f"{value:.4f}" for key, value in means.items() if not math.isnan(value)}, refresh=False)
     sums = tally.sums(run)
     if plan.world.num_processes > 1:
         sums = require("accelerate.utils").reduce(torch.tensor(sums, dtype=torch.float64, device=run.device), "sum").tolist()
         _agree(run.model.buffers(), "mean")
-    return sums[0] / sums[2], sums[1] / sums[2]
+    return sums[0] / sums[2], sums[1] / max(sums[3], 1)
 
 # %% ../nbs/03_training.ipynb #b3c1f0a2
 def _lasting(value) -> str:
@@ -465,7 +469,7 @@ def _identity(model, data, settings, callbacks, loss, augment):
     shapes = {f"tensor {key}": f"{tuple(t.shape)} {t.dtype}" for key, t in model.state_dict().items() if isinstance(t, Tensor)}
     shapes |= {f"module {name or 'itself'}": _lasting(m) for name, m in unwrap(model).named_modules() if next(m.children(), None) is None}
     shapes |= {"frozen": ", ".join(name for name, p in unwrap(model).named_parameters() if not p.requires_grad)}
-    return asdict(settings) | dict(data=f"{data.name}, {data.train.fingerprint()}", callbacks=[f"{callable_name(type(c))} {c.identity()}".strip() for c in callbacks], loss=callable_name(loss), augment=callable_name(augment)) | shapes
+    return asdict(settings) | dict(data=f"{data.name}, {data.train.fingerprint()}", callbacks=[f"{callable_name(type(c))} {c.identity()}".strip() for c in callbacks], loss=callable_name(loss), augment=callable_name(augment or getattr(data, "augment", None))) | shapes
 
 
 def _load_checkpoint(path):
@@ -589,19 +593,24 @@ def _prepare(model, data, settings, callbacks, loss, augment, device):
     return run, _Plan(settings, list(callbacks), loss or _cross_entropy, batches, world, scaler)
 
 
+def _at_once(data, batch_size):
+    "How many examples are judged at once: what takes about as much memory as a step of training, where that makes no difference to what is found."
+    return min(250, 4 * batch_size) if data.classification else batch_size
+
+
 def _begin(run, plan, saved):
     "Callbacks first, then the checkpoint over what they did."
     plan.each("before_fit", run)
     if saved is not None: _restore(saved, run, plan)
     if run.epoch < plan.settings.epochs:      # one batch, so that what cannot be judged is said before an epoch is spent
         size = plan.settings.batch_size
-        validate(run.model, replace(run.data, valid=run.data.valid.take(slice(size))), loss=plan.loss, batch_size=size)
+        validate(run.model, replace(run.data, valid=run.data.valid.take(slice(_at_once(run.data, size)))), loss=plan.loss, batch_size=_at_once(run.data, size))
     plan.weights = [w for w in named_weights(run.model).values() if w.requires_grad]
 
 
 def _finish_epoch(run, plan, loss, accuracy, start):
     "Validate, and add the epoch's record to the history."
-    valid = validate(run.model, run.data, loss=plan.loss, batch_size=plan.settings.batch_size)
+    valid = validate(run.model, run.data, loss=plan.loss, batch_size=_at_once(run.data, plan.settings.batch_size))
     run.epoch += 1
     run.history.append(dict(epoch=run.epoch, loss=loss, accuracy=accuracy, valid_loss=valid.loss, valid_accuracy=valid.accuracy,
                             lr=run.optimizer.param_groups[0]["lr"], seconds=time.perf_counter() - start))

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .core import _input_type, check_finite, check_fraction, check_int, check_plain, compiled, evaluating, named_weights
+from .core import _gradients_in_evaluation, _input_type, check_finite, check_fraction, check_int, check_plain, compiled, evaluating, named_weights
 from .data import Data
 from .kmeans import kmeans_1d
 from .training import Callback, Run, evaluate
@@ -172,7 +172,7 @@ class SharedWeight(nn.Module):
 
 # %% ../nbs/21_weight_sharing.ipynb #a8727844
 class Moving(nn.Module):
-    "Parametrization of one tensor: every weight takes the nearest of a few trained values, its gradient ignores that (Zhu et al. 2017)."
+    "Parametrization of one tensor: every weight takes the nearest of a few trained values, its gradient ignores that (after Zhu et al. 2017, without their scaling of the gradient)."
     def __init__(self,
         weight:Tensor,     # any shape; its zeros stay zero
         codebook:Tensor,   # (k,), k at least 1, finite; an entry 0 stays zero
@@ -485,7 +485,7 @@ def weight_importance(
     total, n = {name: torch.zeros_like(_wide(w.detach())) for name, w in weights.items()}, min(check_int(images, 1, name="images"), len(data.train))
     batches = data.train.take(torch.arange(n) * len(data.train) // n).x.split(check_int(batch_size, 1, name="batch_size"))
     device, dtype = next(iter(weights.values())).device, next(p.dtype for p in model.parameters() if p.is_floating_point())
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad(), _gradients_in_evaluation(model):
         for xb in batches:
             logits = functional_call(model, leaves, (xb.to(device, _input_type(xb, dtype)),))
             drawn = torch.multinomial(logits.detach().float().softmax(1).cpu(), 1, generator=generator)[:, 0].to(device)
@@ -568,13 +568,13 @@ def sharing_costs(
 
 # %% ../nbs/21_weight_sharing.ipynb #5e8cc077
 def _frontier(sums, budget):
-    "Of (bytes, loss, bits) those within the budget that no other beats in both; at most about 4,096."
-    kept, cell = [], max(budget // 4096, 1)
+    "Of (bytes, loss, bits) those within the budget that no other beats in both; of more than 4,096 the best of each 4,096th of the budget."
+    kept = []
     for size, loss, bits in sorted(sums):
-        if size > budget or (kept and loss >= kept[-1][1]): continue
-        if len(kept) > 1 and size // cell == kept[-1][0] // cell: kept.pop()
-        kept.append((size, loss, bits))
-    return kept
+        if size <= budget and (not kept or loss < kept[-1][1]): kept.append((size, loss, bits))
+    if len(kept) <= 4096: return kept
+    cell = max(budget // 4096, 1)
+    return kept[:1] + list({size // cell: (size, loss, bits) for size, loss, bits in kept[1:]}.values())      # the smallest, and the best of each cell
 
 
 def _shelves(costs):
@@ -613,5 +613,5 @@ def choose_bits(
     biases:bool=False,    # also the biases of layers that own a weight
     device:str|torch.device|None=None,     # where to evaluate, as in `evaluate`
 ) -> dict[str,int]:       # parameter name -> bits, for `share_weights`
-    "Bits for each tensor, by its sensitivity, under a budget of an ideal coder's bytes (after Choi, El-Khamy & Lee 2017, §4 and §5)."
+    "Bits for each tensor, by its sensitivity, under a budget of an ideal coder's bytes. (Choi, El-Khamy & Lee 2017 quantize all layers together instead.)"
     return fit_budget(sharing_costs(model, data, candidates=candidates, init=init, biases=biases, device=device), budget_bytes)

@@ -397,3 +397,30 @@ def test_a_gpu_sees_the_same_batches(augment):
     for (i, xb, yb), (j, x, y) in zip(there.indexed(), here.indexed(), strict=True):
         assert xb.is_cuda and torch.equal(i.cpu(), j) and torch.equal(yb.cpu(), y)
         torch.testing.assert_close(xb.cpu(), x, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_folder_with_train_and_validation_only(tmp_path, name):
+    for part, n in (("train", 10), (name, 4)):
+        write_images(tmp_path / part, ["cat", "dog"], n)
+    data = load_data(f"folder:{tmp_path}", size=6)
+    assert data.classes == ("cat", "dog") and (len(data.train), len(data.valid), len(data.test)) == (16, 8, 4)
+    write_images(tmp_path / "test", ["cat", "dog"], 3)
+    data = load_data(f"folder:{tmp_path}", size=6, valid_fraction=0)
+    assert (len(data.train), len(data.valid), len(data.test)) == (20, 8, 6)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_images(tmp_path, ["plane", "test", "train"], 5)
+    assert load_data(f"folder:{tmp_path}", size=6).classes == ("plane", "test", "train")
+
+
+def test_labels_that_cannot_be_held_out_in_proportion():
+    with pytest.raises(ValueError, match="classes are counted from 0, got -100"):
+        stratified_split(torch.tensor([0, 1, -100]), 1)
+
+
+def test_normalise_leaves_floats_alone_too():
+    x = torch.full((1, 1, 2, 2), 200.)
+    normalise(x, (0.5,), (0.5,))
+    assert (x == 200).all()

@@ -202,3 +202,27 @@ def test_lenet_300_100_on_real_mnist(mnist_root, tmp_path, monkeypatch):
     assert metrics["ratio"] > 40
     again = load(metrics["artefact"], into=copy.deepcopy(dense))
     assert evaluate(again, full.test).error_percent == metrics["file_error_percent"]
+
+
+class Remembering(nn.Linear):
+    "A module with a state that is no tensor."
+    def get_extra_state(self): return {"version": 3}
+    def set_extra_state(self, state): pass
+
+
+def test_states_that_are_no_tensors_are_named(tmp_path):
+    net = nn.Sequential(nn.Flatten(), Remembering(784, 10))
+    assert predict_bytes(net.state_dict()) > 0
+    with pytest.raises(ValueError, match="_extra_state"):
+        deep_compress(net, None, path=tmp_path / "a.nncomp", folder=tmp_path, progress=False)
+
+
+def test_biases_are_absorbed_only_where_nothing_comes_between():
+    torch.manual_seed(0)
+    hooked = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    hooked[0].register_forward_hook(lambda m, args, out: out.relu())
+    steps = nn.Sequential(nn.Linear(16, 20), nn.BatchNorm1d(20))                   # on (n, 20, 16) it normalises the steps
+    for net, x in ((hooked, torch.randn(6, 2, 8, 8)), (steps, torch.randn(6, 20, 16)), (steps, torch.randn(6, 16))):
+        net.train()(x)
+        net.eval()
+        assert torch.allclose(absorb_batch_norm(net)(x), net(x), atol=1e-5)

@@ -401,6 +401,8 @@ def test_vgg13(tmp_path):
     metrics = run_compressed_vgg13(config, 0, tmp_path, progress=False)
     assert metrics["file_bytes"] < metrics["dense_bytes"] == 4 * 44_426
     assert metrics["compressed"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    taught = run_compressed_vgg13(replace(config, alpha=0.9), 0, tmp_path / "taught", teachers=tmp_path, progress=False)
+    assert taught["dense"] == metrics["dense"] and taught["compressed"]["loss"] != metrics["compressed"]["loss"]
 
 
 def test_soft_targets(tmp_path):
@@ -472,6 +474,7 @@ MADE = {
     "report001-distillation": made_report001,
     "assistant-chains": made_chains,
     "compressed-vgg13": lambda k: dict(dense=arm(6.5 + k), compressed=arm(7. + k), dense_bytes=37_664_040, file_bytes=600_000 + k),
+    "compressed-vgg13-longer": lambda k: dict(dense=arm(3.5 + k), compressed=arm(4. + k), dense_bytes=37_664_040, file_bytes=500_000 + k),
 }
 TABLES = {
     "distilled-minivgg": partial(distilled_table, "distilled-minivgg", report={"alone": "79.7"}),
@@ -522,6 +525,9 @@ def test_what_the_tables_say(tmp_path):
     chains = chain_table(tmp_path).set_index("lesson").iloc[:, -1]
     assert chains["vgg13 → minivgg"] == "" and "better" in chains["minivgg"]
     assert report001_table(tmp_path).iloc[-1, 0] == "chosen on validation images, without T²"
+    vgg = vgg13_table(tmp_path)
+    assert list(vgg["VGG-13"]) == ["dense, 10 epochs", "compressed, 10 epochs", "dense, 30 epochs", "compressed, 30 epochs"]
+    assert vgg["accuracy, %"][3].startswith("94.0")
     assert list(report001_table(tmp_path).student[:4]) == ["(its teacher)", "alone", "T = 5, with T²", "T = 10, with T²"]
 
 
@@ -530,3 +536,36 @@ def test_records_of_another_configuration_do_not_mix(tmp_path):
     put(tmp_path, "distilled-minivgg", range(2))
     put(tmp_path, "distilled-minivgg", [9], DistilledMiniVGG(teachers=3))
     assert "(2)" in distilled_table("distilled-minivgg", tmp_path).to_string()
+
+
+def test_classes_of_any_integer_type():
+    z, v, y = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4
+    for loss in (distillation_loss, legacy_distillation_loss, decoupled_loss):
+        assert torch.equal(loss(z, v, y.int()), loss(z, v, y))
+
+
+@pytest.mark.parametrize("loss", [hint_loss, attention_loss])
+def test_features_of_a_run_in_mixed_precision(loss):
+    data, teacher, student = toy_data(), toy_net(1).eval(), toy_net()
+    from nncomp.distillation import watch
+    with watch(student, ["0"]) as mine, watch(teacher, ["0"]) as theirs:
+        regressors = {"0": nn.Conv2d(4, 4, 1)} if loss is hint_loss else None
+        match = Matching(mine, theirs, {"0": "0"}, loss=loss, regressors=regressors)
+        history = distill(student, teacher, data, epochs=1, mixed_precision="bf16", callbacks=[match], device="cpu", progress=False)
+    assert np.isfinite(history[0]["loss"])
+
+
+def test_views_have_the_type_and_the_size_that_the_augmentation_gives():
+    data = toy_data()
+    views = fixed_views(data, lambda x, g: x[..., 1:].double(), 2)
+    assert views.train.x.shape == (192, 1, 4, 3) and views.train.x.dtype == torch.float64
+    assert torch.equal(views.train.x[96:], data.train.x[..., 1:].double()) and torch.equal(views.train.y[96:], data.train.y)
+    small = lambda part: Split((part.x.clamp(0, 1) * 255).to(torch.uint8), part.y)  # noqa: E731
+    images = replace(data, train=small(data.train), valid=small(data.valid), test=small(data.test))
+    with pytest.raises(ValueError, match="must be alike"):                # not a train part of zeros
+        fixed_views(images, lambda x, g: x.float() / 255, 2)
+
+
+def test_distilling_on_something_that_is_no_data():
+    with pytest.raises(ValueError, match="data must be"):
+        distill(toy_net(), toy_net().eval(), [(torch.zeros(1, 1, 4, 4), torch.zeros(1))])

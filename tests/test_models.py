@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from nncomp import models
 from nncomp.core import count_parameters, named_weights
-from nncomp.models import VGG_PLANS, create_model, model_input_shape, model_names, register_model
+from nncomp.models import VGG_PLANS, create_model, head_start_, model_input_shape, model_names, register_model
 
 PARAMETERS = {
     "lenet-300-100": 266_610, "lenet-5": 431_080, "lenet-5-small": 44_426, "lenet-5-32": 61_706, "lenet-5-same": 655_596,
@@ -121,3 +121,12 @@ def test_register(monkeypatch):
 def test_names_are_listed_once():
     assert len(set(model_names())) == len(model_names())
     assert set(PARAMETERS) <= set(model_names()) and set(VGG_PLANS) <= set(model_names())
+
+
+def test_a_head_start_needs_images_and_plain_tensors():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(ValueError, match=r"images must be \(n, 3, h, w\) for the first convolution, got \(5, 1, 9, 9\)"):
+        head_start_(net, torch.randn(5, 1, 9, 9))
+    nn.utils.parametrizations.weight_norm(net[1])
+    with pytest.raises(ValueError, match="parametrized"):
+        head_start_(net, torch.randn(5, 3, 9, 9))

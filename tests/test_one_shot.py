@@ -411,3 +411,52 @@ def test_experiments(tmp_path, name, monkeypatch):
             assert zeros[end][key][zero].all() and zero.any()                     # training on keeps what is gone
     assert all(0 <= n["error_percent"] <= 100 and n["bytes"] > 0 for n in networks.values())
     assert networks["both-0.9-4"]["bytes"] < networks["rounds-0.9"]["bytes"] < networks["dense"]["bytes"]
+
+
+@pytest.mark.parametrize("kind, shape", [(nn.Conv1d, (60, 3, 9)), (nn.Conv2d, (60, 3, 6, 6)), (nn.Conv3d, (60, 3, 4, 4, 4))])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_convolution_is_fitted_past_its_hooks(kind, shape, before):
+    "Hooks of the user see what the layer is shown and gives, not the columns that the sums are made from."
+    seed_everything(0)
+    net, x, seen = nn.Sequential(kind(3, 5, 3, padding=1)), torch.randn(shape), set()
+    if before:
+        net[0].register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]) or (args[0] * 3,))
+    else:
+        net[0].register_forward_hook(lambda m, args, out: seen.add(m.weight.shape[0]) or out * 3)
+    small = one_shot_compress(net, x, sparsity=0.02, **QUIET)
+    assert float((small[0].weight - net[0].weight).norm() / net[0].weight.norm()) < 0.2
+    assert seen == {3 if before else 5}
+
+
+class Noisy(nn.Module):
+    "Draws at random in evaluation mode as well."
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(12, 12), nn.Linear(12, 12), kind
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(nn.functional.dropout(h, 0.5) if self.kind == "dropout" else h + torch.randn_like(h))
+
+
+@pytest.mark.parametrize("kind", ["dropout", "noise"])
+def test_models_that_draw_at_random_are_fitted_to_the_same_draws(kind):
+    seed_everything(1)
+    net, x = Noisy(kind).eval(), torch.randn(400, 12)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    small = one_shot_compress(net, x, sparsity=0.01, **QUIET)
+    assert torch.equal(torch.rand(3), expected)                          # the caller's random numbers go on
+    assert 0.95 < float(small.last.weight.norm() / net.last.weight.norm()) < 1.05
+
+
+def test_what_one_shot_refuses_as_deep_compress_does():
+    x = torch.randn(20, 6)
+    pruned = nn.Sequential(nn.Linear(6, 6))
+    nn.utils.prune.l1_unstructured(pruned[0], "bias", 0.5)
+    with pytest.raises(ValueError, match="0.bias is computed from 0.bias_orig; make it plain first"):
+        one_shot_compress(pruned, x, sparsity=0.5, **QUIET)
+    inner = nn.Sequential(torch.compile(nn.Linear(6, 6), backend="eager"), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="0 is compiled by itself"):
+        one_shot_compress(inner, x, sparsity=0.5, **QUIET)

@@ -876,3 +876,27 @@ def test_files_of_the_zoo_shrink_as_sparsity_grows(name, tmp_path):
             out = net(x)
         assert out.shape == (2, 10) and torch.isfinite(out).all()
     assert sizes[0] > 3 * sizes[1] and sizes[1] > 2 * sizes[2]
+
+
+@pytest.mark.parametrize("hook", ["forward", "pre", "detach"])
+def test_wanda_scores_do_not_run_hooks_on_their_own_pass(hook):
+    torch.manual_seed(0)
+    net, x, calls = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 3)), torch.randn(8, 2, 6, 6), []
+    plain = wanda_scores(net, [(x, None)])["0.weight"]
+    if hook == "pre":
+        net[0].register_forward_pre_hook(lambda _, args: calls.append(1) or (args[0] * 3,))
+    elif hook == "forward":
+        net[0].register_forward_hook(lambda m, args, out: calls.append(1) or out * 3)
+    else:
+        net[0].register_forward_hook(lambda m, args, out: calls.append(1) or out.detach())
+    found = wanda_scores(net, [(x, None)])["0.weight"]
+    assert torch.allclose(found, plain * (3 if hook == "pre" else 1), rtol=1e-5) and len(calls) == 1
+
+
+def test_first_order_scores_take_classes_of_any_integer_type():
+    net, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    whole = first_order_scores(net, [(x, y)])["weight"]
+    assert all(torch.equal(first_order_scores(net, [(x, y.to(t))])["weight"], whole) for t in (torch.uint8, torch.int16, torch.int32))
+    recurrent = nn.LSTM(4, 3).eval()
+    assert first_order_scores(recurrent, [(x, y)], loss=lambda out, y: out[0].sum())["weight_ih_l0"].any()
+    assert torch.backends.cudnn.enabled

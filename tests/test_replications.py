@@ -298,7 +298,8 @@ def test_tables_from_records(monkeypatch):
     for r in kept["rate-distortion-lenet-300-100"]:
         r.metrics["plain"] = arm | dict(valid_loss=.1, valid_error_percent=2.)
         r.metrics["priced"] |= dict(valid_loss=.1 + .1 * (r.seed == 2), valid_error_percent=2.)
-    assert price_verdict() == ("A price on bits was at equal validation accuracy, the rule of its choice, for 2 of 3 seeds. "
+    assert price_verdict() == ("A price on bits, with weighed distances and new assignments, was at equal validation accuracy, "
+                               "the rule of its choice, for 2 of 3 seeds. "
                                "Against k-means with 32 values the file is smaller by 19.0 ± 1.0 (3) % (95 % interval +16.5 to +21.5); "
                                "test accuracy: better (+0.10 to +0.10 points). Against k-means with the number of values chosen by the "
                                "same rule the file is smaller by 14.7 ± 1.1 (3) % (95 % interval +12.1 to +17.4); "

@@ -318,3 +318,62 @@ def test_plans_are_checked():
     with pytest.raises(ValueError, match="squeeze must be an integer of at least 1"):
         fire_net(10, 1, plan=((0, 4, 4),))
     assert fire_net(10, 3, plan=((2, 4, 4), (2, 4, 4)), bypass=True).fire2.bypass
+
+
+class Added(nn.Module):
+    "A convolution whose output is changed in place by what comes behind it."
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.conv, self.how = nn.Conv2d(1, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1), how
+
+    def forward(self, x):
+        h = self.first(x)
+        y = self.conv(h)
+        if self.how == "+=":
+            y += h
+        elif self.how == "+":
+            y = y + h
+        return y
+
+
+def test_least_squares_are_fitted_to_what_the_convolution_gave():
+    seed_everything(0)
+    plain = Added("+")
+    changed = Added("+=")
+    changed.load_state_dict(plain.state_dict())
+    images = torch.randn(40, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(fireify(plain, ratio=0.5, images=images)(images), fireify(changed, ratio=0.5, images=images)(images))
+
+
+class Standardised(nn.Conv2d):
+    "A forward pass of its own."
+    def forward(self, x):
+        w = self.weight
+        return self._conv_forward(x, (w - w.mean()) / w.std(), self.bias)
+
+
+def test_only_neighbours_that_can_be_folded_are():
+    seed_everything(0)
+    act, x = nn.ReLU(), torch.randn(5, 3, 8, 8)
+    norm = lambda n: nn.Sequential(nn.BatchNorm2d(n))[0]  # noqa: E731
+    for net in (nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), act, nn.Conv2d(4, 4, 3), act, norm(4)),   # one activation in two places
+                nn.Sequential(Standardised(3, 4, 3), norm(4))):
+        with pytest.raises(ValueError, match="has no convolution directly before it"):
+            fold_batch_norm(net)
+    hooked = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4))
+    hooked[0].register_forward_hook(lambda m, args, out: out.relu())
+    with pytest.raises(ValueError, match="has no convolution directly before it"):
+        fold_batch_norm(hooked)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), act, nn.Conv2d(4, 4, 3), norm(4))
+    net(x)
+    net.eval()
+    folded = fold_batch_norm(net)
+    assert len(folded) == 5 and torch.allclose(folded[:3](x), net[:3](x), atol=1e-5) and torch.allclose(folded(x), net(x), atol=1e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded)
+
+
+def test_soft_targets_take_classes_of_any_integer_type():
+    net, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    loss = SoftTargets(nn.Linear(4, 3).eval())
+    assert loss(net, x, y.int())[0] == loss(net, x, y)[0]

@@ -576,3 +576,55 @@ def test_output_of_the_wrong_kind_is_one_error():
 
     with pytest.raises(ValueError, match="a tuple"):
         fit(Pair(), load_data("digits", size=8), epochs=1, progress=False, device="cpu")
+
+
+def test_examples_without_a_class_are_not_counted():
+    net, data = toy_net(dropout=0.0), toy_data()
+    y = data.test.y.clone()
+    y[::2] = -100
+    whole, some = evaluate(net, Split(data.test.x, y)), evaluate(net, Split(data.test.x[1::2], data.test.y[1::2]))
+    assert (whole.n, whole.errors, whole.accuracy) == (some.n, some.errors, some.accuracy)
+    assert whole.loss == pytest.approx(some.loss, rel=1e-6)
+    with pytest.raises(ValueError, match="no examples"):
+        evaluate(net, Split(data.test.x, torch.full_like(y, -100)))
+    y = data.train.y.clone()
+    y[::2] = -100
+    history = fit(net, replace(data, train=Split(data.train.x, y)), epochs=30, lr=0.03, batch_size=16, **QUIET)
+    assert history[-1]["accuracy"] > 0.7                                 # of all examples, at most one half could be right
+
+
+def test_validation_takes_no_more_at_once_than_a_step_can_hold():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.most = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), 0
+
+        def forward(self, x):
+            if not self.training:
+                self.most = max(self.most, len(x))
+            return self.inner(x)
+
+    net = Counting()
+    fit(net, toy_data(n=40), epochs=1, batch_size=2, **QUIET)
+    assert net.most == 8
+    net = Counting()
+    fit(net, toy_data(n=40), epochs=1, batch_size=20, **QUIET)
+    assert net.most == 32                                                # all of them
+
+
+def test_a_run_on_data_that_change_themselves_is_another_run(tmp_path):
+    class Changing(Data):
+        augment = None
+
+        def batches(self, split="train", batch_size=128, *, augment=None, **options):
+            return super().batches(split, batch_size, augment=augment or self.augment, **options)
+
+    plain = toy_data()
+    made = []
+    for change in (lambda x, g: x + 1, lambda x, g: x * 0):
+        data = Changing("toy", plain.train, plain.valid, plain.test, 3)
+        object.__setattr__(data, "augment", change)
+        made.append(data)
+    fit(toy_net(), made[0], epochs=2, checkpoint=tmp_path / "a.pt", **QUIET)
+    with pytest.raises(ValueError, match="augment"):
+        fit(toy_net(), made[1], epochs=2, checkpoint=tmp_path / "a.pt", **QUIET)
