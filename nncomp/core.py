@@ -228,6 +228,15 @@ def check_plain(
         computed = f"{owner}.{leaf}".lstrip(".")
         raise ValueError(f"{computed} is computed from {name}; make it plain first ({how}), or name other tensors")
 
+# %% ../nbs/00_core.ipynb #c0a91d12
+_MULTIPLIES = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+
+
+def _is_plain(layer: nn.Module, kinds: tuple[type, ...] = _MULTIPLIES) -> bool:
+    "Whether a layer multiplies its weight with its input and adds a bias, nothing else: not so where a subclass has a forward pass of its own."
+    same = lambda kind, name: getattr(type(layer), name, None) is getattr(kind, name, None)
+    return any(isinstance(layer, kind) and same(kind, "forward") and same(kind, "_conv_forward") for kind in kinds)
+
 # %% ../nbs/00_core.ipynb #08d667f0
 def as_bytes(
     tensor:Tensor,  # any shape, type and device

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import _input_type, check_finite, check_int, check_plain, default_device, evaluating, named_weights, remembered, require, unwrap
+from .core import _input_type, _is_plain, check_finite, check_int, check_plain, default_device, evaluating, named_weights, remembered, require, unwrap
 from .container import save
 from .data import load_data, random_crop_flip
 from .deep_compression import Recipe, _check_task
 from .kmeans import kmeans_1d
 from .models import model_input_shape
-from .pruning import MaskCallback, _is_plain, apply_masks_, drop_lowest
+from .pruning import MaskCallback, apply_masks_, drop_lowest
 from .results import difference, experiment, load_records, spread
 from .schedules import _dense, grow_masks, recalibrate_batch_norm
 from .training import evaluate, fit

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
-from .core import _gradients_in_evaluation, _input_type, check_finite, check_fraction, check_int, check_plain, evaluating, named_weights
+from .core import _gradients_in_evaluation, _input_type, _is_plain, check_finite, check_fraction, check_int, check_plain, evaluating, named_weights
 from .data import Split, _in_batches
 from .training import Callback, Run
 
@@ -260,15 +260,6 @@ def fisher_scores(
     return {name: _wide(check_finite(w, name)).abs() * _wide(squares[name]).sqrt() for name, w in weights.items()}
 
 # %% ../nbs/10_pruning.ipynb #a1fa0002
-_MULTIPLIES = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
-
-
-def _is_plain(layer: nn.Module, kinds: tuple[type, ...] = _MULTIPLIES) -> bool:
-    "Whether a layer multiplies its weight with its input and adds a bias, nothing else: not so where a subclass has a forward pass of its own."
-    same = lambda kind, name: getattr(type(layer), name, None) is getattr(kind, name, None)
-    return any(isinstance(layer, kind) and same(kind, "forward") and same(kind, "_conv_forward") for kind in kinds)
-
-
 class _Bare(nn.Module):
     "A layer without its hooks."
     def __init__(self, layer):

@@ -23,13 +23,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .core import _input_type, check_fraction, check_int, checksum, count_parameters, default_device, evaluating, require, seed_everything
+from .core import _input_type, _is_plain, check_fraction, check_int, checksum, count_parameters, default_device, evaluating, require, seed_everything
 from .container import load
 from .data import Batches, Data, load_data, random_affine, random_crop_flip
 from .deep_compression import Recipe, deep_compress, images_by_channel
 from .measure import count_macs, dense_bytes
 from .models import create_model_for, model_input_shape, register_model
-from .pruning import _is_plain
 from .results import config_id, difference, experiment, load_records, spread
 from .training import _logits, evaluate, fit
 
