@@ -61,6 +61,7 @@ def read_tensors(
 # %% ../nbs/90_cli.ipynb #00f89ba2
 def _open_safetensors(path:Path) -> tuple[list[str], dict[str, str]]:
     "Names and metadata of a safetensors file that the library has checked."
+    with open(path, "rb"): pass                    # the library calls what may not be read missing
     try:
         with safe_open(path, framework="pt") as file: return list(file.keys()), file.metadata() or {}
     except SafetensorError as error:
@@ -138,10 +139,12 @@ def tensor_names(
 def _read_pickled(path:Path) -> dict[str, Tensor]:
     "The state dict in a .pt file, read without running any of its code."
     try:
+        with open(path, "rb"): pass                # what may not be read is not damaged
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")        # of sparse and quantized tensors, which are refused below
             mapped = zipfile.is_zipfile(path)      # the format since PyTorch 1.6: tensors are read when they are needed
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, MemoryError): raise
     except Exception as error:
         raise ValueError(f"{path} cannot be read safely: it is damaged, or it holds whole Python objects, which would have to be unpickled; "
                          "save model.state_dict() instead") from error
@@ -168,6 +171,7 @@ def shape_tensor(
 ) -> Tensor:                # same dtype and shape
     "Prune and share one weight tensor; vectors (also with dimensions of one around them), integers, 8-bit floats and what was not asked for stay as they are."
     if tensor.ndim < 2 or _vector(tensor) or tensor.dtype not in _SHAPED or tensor.numel() == 0 or (sparsity is None and bits is None): return tensor
+    if tensor.layout != torch.strided or tensor.is_meta: return tensor         # `save_tensors` says why such a one cannot be kept
     check_finite(tensor, name)
     if sparsity is not None: tensor = tensor.masked_fill(~magnitude_mask(tensor, sparsity if sparsity == 1 else min(sparsity, 1 - 1 / tensor.numel())), 0)   # no layer is lost to rounding; a product would leave −0
     if bits is not None:
@@ -272,7 +276,8 @@ def _write_safetensors(source:Path, path:Path, entries:dict[str, tuple], metadat
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in load_tensors(source, [entries[name][2] for name in order], **options):
+        for name, (_, tensor) in zip(order, load_tensors(source, [entries[name][2] for name in order], **options), strict=True):
+            if (tensor.dtype, tuple(tensor.shape)) != (_TORCH[entries[name][0]], tuple(entries[name][1])): raise BitstreamError(f"{source} was changed while it was read")
             file.write(bit_patterns(tensor).view(np.uint8))
             del tensor
 
@@ -602,6 +607,8 @@ def main(
     argv:list[str]|None=None,  # None = sys.argv[1:]
 ) -> int:                      # 0; 1 where verify finds a difference; 2 on bad input; 130 when interrupted
     "Run one command. Bad input is one line on standard error, and nothing is written."
+    for stream in (sys.stdout, sys.stderr):                                 # a terminal may lack the letters of a tensor's name
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     args, before = parser().parse_args(argv), {}
     with contextlib.suppress(ValueError):                                   # not in the main thread
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):

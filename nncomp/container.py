@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .arithmetic import decode_indices, encode_indices
-from .core import BitstreamError, as_bytes, atomic_path, check_writable, compiled, require, unwrap
+from .core import BitstreamError, _in_a_row, as_bytes, atomic_path, check_writable, compiled, require, unwrap
 from .entropy import counts, entropy_bits, pack_bits, read_varint, unpack_bits, write_varint
 from .huffman import FOUR, ONE, _read_lengths, decode, encode
 from .positions import best_gap_bits, decode_positions, encode_positions
@@ -51,8 +51,7 @@ def bit_patterns(
         raise ValueError(f"the tensor must be dense and hold data, got {tensor.layout} on {tensor.device}; "
                          "call .to_dense() or .dequantize() first")
     if tensor.dtype not in _TORCH.values(): raise ValueError(f"{tensor.dtype} has no place in a safetensors file; convert it first")
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().view(f"u{tensor.element_size()}")
+    return _in_a_row(tensor.detach().cpu()).view(torch.uint8).numpy().view(f"u{tensor.element_size()}")
 
 
 def from_bit_patterns(
@@ -834,12 +833,14 @@ def _opened(path:str|os.PathLike) -> Iterator[_Archive]:
     "Open and check a file; every error says which file."
     if Path(path).is_dir(): raise IsADirectoryError(f"{path} is a folder, not an .nncomp file")
     if not Path(path).exists(): raise FileNotFoundError(f"there is no file {path}")
+    with open(path, "rb"): pass                    # the library calls what may not be read missing
     try:
         metadata, names = _entries(path)
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
             header = bytes(_bytes_at(file, 0, 0, start))
             table = json.loads(header[8:].decode(), object_pairs_hook=_unique)
+            if set(names) != table.keys() - {"__metadata__"}: raise BitstreamError("was replaced while it was read; read it again")
             places = {name: tuple(table[name]["data_offsets"]) for name in names}
             bundle = _bytes_at(file, start, *places[BUNDLE])
             if bytes(bundle[-4:]) != _crc([header, bundle[:-4]]): raise BitstreamError("the checksum of the header does not match: the file is damaged")
@@ -852,14 +853,15 @@ def _opened(path:str|os.PathLike) -> Iterator[_Archive]:
 # %% ../nbs/34_container.ipynb #f1f0ba52
 def _unpack_jobs(archive:_Archive, names:Iterable[str], max_expansion:float) -> Iterator[tuple[int, tuple[_Packed]]]:
     "Declared bytes and parts of each of `names`, as long as the file's size allows the sum."
-    left, order = int(max_expansion * archive.size) + _SLACK, {name: i for i, name in enumerate(archive.records)}
+    left, order, counted = int(max_expansion * archive.size) + _SLACK, {name: i for i, name in enumerate(archive.records)}, set()
     for name in names:
         if name not in archive.records: raise ValueError(f"{archive.file.name} has no tensor {str(name)[:200]!r}; it has {', '.join(list(archive.records)[:20])}")
         with _naming(name):
             p = _take_apart(name, archive.packed(name))
             if p.target is not None and order.get(p.target, math.inf) >= order[name]:
                 raise BitstreamError(f"is another name of {p.target[:200]!r}, which is not before it")
-            size = _check_size(p, left) if p.target is None else 0
+            size = _check_size(p, left) if p.target is None and name not in counted else 0      # once, however often it is asked for
+        counted.add(name)
         left -= size
         yield size, (p,)
         del p

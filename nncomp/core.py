@@ -66,7 +66,9 @@ def _patient(function):
     inner = getattr(function, "_compile_for_args", None)                   # what numba calls when it meets new types
     if inner is None: return function
     def compile_for_args(*args, **kwargs):
-        with _interrupts_wait(): return inner(*args, **kwargs)
+        with _interrupts_wait():
+            try: return inner(*args, **kwargs)
+            except OSError: return inner(*args, **kwargs)                  # compiled, and could not be kept: the disk is full, or a quota
     function._compile_for_args = compile_for_args
     return function
 
@@ -238,12 +240,18 @@ def _is_plain(layer: nn.Module, kinds: tuple[type, ...] = _MULTIPLIES) -> bool:
     return any(isinstance(layer, kind) and same(kind, "forward") and same(kind, "_conv_forward") for kind in kinds)
 
 # %% ../nbs/00_core.ipynb #08d667f0
+def _in_a_row(tensor: Tensor) -> Tensor:
+    "The entries of a dense tensor in the order of their indices, one beside the other in memory, conjugate and negative views resolved."
+    flat = tensor.resolve_conj().resolve_neg().contiguous().flatten()
+    return flat if flat.numel() != 1 else flat.as_strided((1,), (1,))         # one entry counts as contiguous whatever its stride is
+
+
 def as_bytes(
     tensor:Tensor,  # any shape, type and device
 ) -> Tensor:        # (bytes,) uint8 on the CPU; a view where that is possible
     "The tensor's entries as they lie in memory, in the order of its indices."
     dense = tensor.detach().cpu() if tensor.layout == torch.strided else tensor.detach().cpu().to_dense()
-    return dense.contiguous().flatten().view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
+    return _in_a_row(dense).view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def checksum(
@@ -274,7 +282,8 @@ def check_writable(
     path:str|os.PathLike,  # a file to be written, or a link to one
 ) -> Path:                 # the file itself, absolute
     "ValueError where a file cannot appear: its folder is missing or cannot be written to, or a folder or a device has that name."
-    path = Path(path).resolve()
+    try: path = Path(path).resolve()
+    except RuntimeError as error: raise ValueError(f"{path} is a link that leads to itself; name another file") from error
     if not path.parent.is_dir(): raise ValueError(f"the folder {path.parent} does not exist; create it first")
     if path.is_dir(): raise ValueError(f"{path} is a folder; name a file in it")
     if not os.access(path.parent, os.W_OK): raise ValueError(f"the folder {path.parent} cannot be written to; choose another one")
@@ -288,7 +297,7 @@ def atomic_path(
 ) -> Iterator[Path]:       # a temporary path in the same folder, to write to
     "Give a temporary path that becomes `path` when the block ends well, and vanishes when it does not."
     path = check_writable(path)                              # behind a link, which stays
-    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
+    part = path.with_name(f".{path.name if len(os.fsencode(path.name)) < 200 else ''}.{secrets.token_hex(6)}.part")   # names end at 255 bytes
     try:  # from before the file exists, so that an interrupt at any moment leaves none behind
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         yield part

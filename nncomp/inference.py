@@ -119,7 +119,7 @@ class CodebookLinear(nn.Module):
     def forward(self, x:Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = max(1, 2**18 // max(1, self.in_features))                       # looked up at once: a megabyte of weights
         y = torch.cat([F.linear(x, self.codebook.index_select(0, part.flatten().int()).view_as(part)) for part in self.assignments.split(rows)], -1)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)     # under autocast, in its type
 
     def extra_repr(self): return f"{self.in_features}, {self.out_features}, values={len(self.codebook)}, bias={self.bias is not None}"
 
@@ -165,6 +165,7 @@ def _coded(layer) -> nn.Module|None:
 
 def _swap(model:nn.Module, old:nn.Module, new:nn.Module) -> nn.Module:
     "Put one module in the place of another, everywhere; the model itself where that is the old one."
+    new.train(old.training)
     if model is old: return new
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -249,6 +250,7 @@ def fastest(
     repeats:int=11,   # turns of each layer, at least 1
 ) -> tuple[nn.Module, list[Choice]]:  # a copy for running, in evaluation mode; a choice for each linear and convolutional layer that was called
     "Give each layer the faster of its dense and its sparse form, as measured here and now; the dense model, in the faster of two memory layouts, where that gains nothing. ValueError where it cannot run."
+    example = example.clone()                                             # which a layer may change in place
     dense = _quicker_layout(_own_copy(model), example, repeats)
     names = {layer: name for name, layer in _plan(dense)}
     faster, choices = copy.deepcopy(dense), []

@@ -7,6 +7,7 @@ __all__ = ['sparsity', 'dense_bytes', 'compression_ratio', 'bits_per_weight', 'l
            'count_macs', 'Timing', 'time_call']
 
 # %% ../nbs/04_measure.ipynb #0811cf02
+import functools
 import gc
 import gzip
 import math
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .core import _input_type, check_int, count_nonzero, evaluating, named_weights, require
+from .core import _input_type, _vector, check_int, count_nonzero, evaluating, named_weights, require
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -122,7 +123,7 @@ def _macs(module, x, y):
     if isinstance(module, nn.Linear): return y.numel() * module.in_features
     if isinstance(module, _CONVS): return y.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
     if isinstance(module, _TRANSPOSED): return x.numel() * (module.out_channels // module.groups) * math.prod(module.kernel_size)
-    if not isinstance(module, _WITHOUT) and any(p.ndim >= 2 for p in module.parameters(recurse=False)):
+    if not isinstance(module, _WITHOUT) and any(p.ndim >= 2 and not _vector(p) for p in module.parameters(recurse=False)):
         raise ValueError(f"no rule to count the multiplications of {type(module).__name__}")
     return 0
 
@@ -195,6 +196,6 @@ def time_call(
     result = None
     for _ in range(warmup): result = fn()
     device = torch.device(device) if device is not None else _where(result)
-    wait = getattr(getattr(torch, device.type), "synchronize", lambda: None)
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else getattr(getattr(torch, device.type), "synchronize", lambda: None)
     q1, median, q3 = statistics.quantiles(_clock(fn, repeats, wait), n=4, method="inclusive")
     return Timing(median, q1, q3, repeats, torch.get_num_threads(), str(device))

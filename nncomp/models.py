@@ -163,8 +163,10 @@ def head_start_(
     model:nn.Module,   # of plain convolutions, the first of which sees the images; changed in place
     images:Tensor,     # (n, c, h, w), as they are trained on; some thousands
 ) -> None:
-    """Begin where images are told apart already (Jordan 2024, §3.2 and 3.3): the filters of the first convolution are the principal components of the patches, scaled to variance one, and their negatives;
-    each later one passes its input channels on, and stays random where it has more outputs than inputs. ValueError for a model without convolutions, or grouped ones."""
+    """Begin with filters that tell images apart already (Jordan 2024, §3.2 and 3.3).
+
+    The first convolution gets the principal components of the patches, scaled to a variance of about one, and their negatives; each later one passes its input channels on, and stays random
+    where it has more outputs than inputs. ValueError for a model without convolutions or with grouped ones, and for images that do not fit."""
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     if not convs or any(conv.groups > 1 for conv in convs): raise ValueError("a head start is for models of nn.Conv2d layers with groups=1")
     if any(parametrize.is_parametrized(conv) for conv in convs): raise ValueError("the model has parametrized tensors; make them plain first (torch.nn.utils.parametrize.remove_parametrizations)")

@@ -10,6 +10,7 @@ __all__ = ['hidden_layers', 'norm_scores', 'batch_norm_scores', 'ScalePenalty', 
 # %% ../nbs/12_neurons.ipynb #484cf002
 import contextlib
 import copy
+import functools
 import math
 import statistics
 import time
@@ -27,7 +28,7 @@ from .core import _input_type, check_fraction, check_int, count_parameters, defa
 from .data import Split, _in_batches, load_data
 from .measure import count_macs
 from .models import create_model_for, model_input_shape
-from .pruning import apply_masks_, drop_lowest, drop_lowest_global, global_magnitude_masks, random_mask
+from .pruning import _as_answers, apply_masks_, drop_lowest, drop_lowest_global, global_magnitude_masks, random_mask
 from .results import experiment
 from .training import Callback, Run, evaluate, fit
 
@@ -59,8 +60,8 @@ def _chain(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
 
 def _check_module(name: str, module: nn.Module, inside: bool) -> None:
     "Refuse a module that units cannot be followed through; outside the hidden part, one without parameters may be anything."
-    plain = not parametrize.is_parametrized(module) and (type(module) not in _LAYERS or "weight" in module._parameters)
-    if not plain: raise ValueError(f"{name} computes its weight from other tensors, such as a mask; make it a plain parameter first")
+    plain = not parametrize.is_parametrized(module) and (type(module) not in _LAYERS or {"weight", "bias"} <= module._parameters.keys())
+    if not plain: raise ValueError(f"{name} computes its weight or bias from other tensors, such as a mask; make it a plain parameter first")
     if type(module) not in _KNOWN and (inside or any(True for _ in module.parameters())): _refuse(name, f"is a {type(module).__name__}")
     if getattr(module, "groups", 1) > 1: _refuse(name, f"has {module.groups} groups")
     if inside and type(module) is nn.Flatten and (module.start_dim, module.end_dim) != (1, -1): _refuse(name, "keeps more than the first axis")
@@ -182,7 +183,7 @@ def _signals(model: nn.Module, data, gradients: bool) -> Iterator[tuple[_Site, T
             with evaluating(model), torch.set_grad_enabled(gradients), _listening(sites, gradients) as seen:
                 logits, empty = model(xb.to(like.device, _input_type(xb, like.dtype))), False
                 values = [seen[site.name] for site in sites]
-                slopes = torch.autograd.grad(F.cross_entropy(logits, yb.to(like.device), reduction="sum"), values) if gradients else values
+                slopes = torch.autograd.grad(F.cross_entropy(logits, _as_answers(yb).to(like.device), reduction="sum"), values) if gradients else values
             for site, v, g in zip(sites, values, slopes):
                 dense = type(site.following) is nn.Linear
                 yield site, *((t.detach().movedim(-1, 1) if dense else t.detach()).reshape(len(t), site.units, site.positions, -1) for t in (v, g))
@@ -259,14 +260,14 @@ def _constants(site: _Site) -> tuple[Tensor, Tensor]:
     still = (layer.weight.detach().flatten(1) == 0).all(1)
     x = (torch.zeros(k).to(layer.weight) if layer.bias is None else layer.bias.detach().clone())[None]
     for m in site.between:
-        if isinstance(m, nn.Flatten): x = x.repeat_interleave(site.positions, 1)
+        if isinstance(m, nn.Flatten): x = x.repeat_interleave(site.positions, 1) if x.shape[1] == k else x       # the first of several does it
         elif isinstance(m, _NORMS):
             if m.running_mean is None: still = torch.zeros_like(still)
             else: x = F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, False, 0., m.eps).detach()
         elif isinstance(m, _AVERAGES) and (m.padding not in (0, (0,) * 2, (0,) * 3) or getattr(m, "divisor_override", None)):
             still = still & (x.reshape(k, -1) == 0).all(1)
-        elif not isinstance(m, _POOLS):
-            with evaluating(m): x = m(x)
+        elif not isinstance(m, (*_POOLS, nn.modules.dropout._DropoutNd)):
+            with evaluating(m): x = m.forward(x)                          # past a user's hooks, which these numbers are none of
     return x.reshape(k, -1).expand(k, site.positions), still
 
 
@@ -436,7 +437,7 @@ def _cuts(model: nn.Module, images: Split, seed: int) -> dict[str, Callable[[flo
 def _milliseconds(models: Mapping[str, nn.Module], shape: tuple[int, ...], batch: int, repeats: int) -> dict[str, dict[str, float]]:
     "Quartiles and median of the time of one batch, by name; the networks take turns, and five calls of each warm up."
     x = torch.zeros(batch, *shape, device=next(p.device for m in models.values() for p in m.parameters()))
-    wait, times = getattr(torch, x.device.type).synchronize, {name: [] for name in models}
+    wait, times = functools.partial(torch.cuda.synchronize, x.device) if x.is_cuda else getattr(torch, x.device.type).synchronize, {name: [] for name in models}
     with contextlib.ExitStack() as stack:
         for model in models.values(): stack.enter_context(evaluating(model))
         for _ in range(5 + check_int(repeats, 50, name="repeats")):
@@ -509,9 +510,13 @@ def prune_graph(
     small = copy.deepcopy(model)
     modes = {module: module.training for module in small.modules()}
     shape = _shape(small.eval(), example_input)
-    pruner = pruning.pruner.BasePruner(small, example_input, pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=sparsity,
-                                       global_pruning=scope == "global", ignored_layers=_outputs(small, outputs))
-    pruner.step()
+    trained = {name: p.requires_grad for name, p in small.named_parameters()}
+    with torch.enable_grad():                                             # the library follows gradients from layer to layer, frozen ones too
+        for p in small.parameters(): p.requires_grad_(p.is_floating_point())
+        pruner = pruning.pruner.BasePruner(small, example_input, pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=sparsity,
+                                           global_pruning=scope == "global", ignored_layers=_outputs(small, outputs))
+        pruner.step()
+    for name, p in small.named_parameters(): p.requires_grad_(trained[name])
     after = _shape(small, example_input)
     if after != shape: raise ValueError(f"the output's shape changed from {shape} to {after}: name the layers that compute it in `outputs`")
     for module, mode in modes.items(): module.training = mode

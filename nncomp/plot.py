@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core import atomic_path, check_int, named_weights, require
+from .core import atomic_path, check_finite, check_int, named_weights, require
 
 mpl, plt = require("matplotlib"), require("matplotlib.pyplot")
 
@@ -256,7 +256,8 @@ def weight_images(
     ax:"plt.Axes|None"=None,    # where to draw; None = a new figure
 ) -> "plt.Axes":
     "Weights (centred at 0 where signed), magnitudes or masks as images in one mosaic."
-    a = torch.as_tensor(maps).detach().cpu().numpy()
+    a = torch.as_tensor(maps).detach().cpu()
+    a = (a if a.dtype == torch.bool else check_finite(a.float(), "maps")).numpy()
     if a.ndim != 3 or not a.size: raise ValueError(f"maps must have the shape (n, h, w), got {a.shape}")
     n, h, w = a.shape
     columns = check_int(columns or min(n, round((2 * n * h / w) ** 0.5) or 1), 1, name="columns")
@@ -379,15 +380,17 @@ def animate(
 ) -> Animation:
     "Render `update` over `frames` to a player; too long or too heavy is a `ValueError`."
     states = list(range(frames) if isinstance(frames, int) else frames)
+    if not fps > 0: raise ValueError(f"fps must be above 0, got {fps}")
     seconds = len(states) / fps + hold
     if not states or seconds > 10:
         raise ValueError(f"an animation has at least 1 frame and lasts at most 10 s, got {len(states)} frames in {seconds:.1f} s")
     fig, pictures = plt.gcf() if fig is None else fig, []
-    for i, state in enumerate(states):
-        update(state)
-        pictures.append(_png(fig, check_int(colours, 2, 256, "colours")))
-        if i == 0: fig.set_layout_engine("none")  # the axes stay where the first frame put them
-    plt.close(fig)
+    try:
+        for i, state in enumerate(states):
+            update(state)
+            pictures.append(_png(fig, check_int(colours, 2, 256, "colours")))
+            if i == 0: fig.set_layout_engine("none")  # the axes stay where the first frame put them
+    finally: plt.close(fig)
     size = len((result := Animation(tuple(pictures), alt, fps, hold)).html)
     if size > limit: raise ValueError(f"the animation takes {size:,} bytes, more than {limit:,}; use fewer frames or colours")
     return result
@@ -418,7 +421,7 @@ class Interactive:
     @property
     def html(self) -> str:
         "The element, its data and its scripts."
-        data = json.dumps(self.data, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+        data = json.dumps(self.data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         scripts = "".join(f'<script src="js/{html.escape(s)}"></script>' for s in self.scripts)
         return (f'<div class="nncomp-interactive" data-widget="{html.escape(self.kind)}" role="group" aria-label="{html.escape(self.alt)}">'
                 f'<script type="application/json">{data}</script><div class="nncomp-elsewhere">{self.elsewhere}</div></div>{scripts}')

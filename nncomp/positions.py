@@ -7,6 +7,7 @@ __all__ = ['relative_index', 'from_relative_index', 'expected_bits', 'relative_i
            'from_csr_index', 'best_gap_bits', 'encode_positions', 'decode_positions']
 
 # %% ../nbs/33_positions.ipynb #faab12e1
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -95,7 +96,9 @@ def expected_bits(
     if method == "bitmap": return 1.
     if method == "entropy": return entropy_bits(np.array([d, 1 - d]))
     if method == "csr": return d * max((check_int(columns, 1, name="columns") - 1).bit_length(), 1) + columns.bit_length() / columns
-    if method == "gaps": return gap_bits * d / (1 - (1 - d)**2**check_int(gap_bits, 1, 16, "gap_bits")) if d else 0.
+    if method == "gaps":
+        within = 2**check_int(gap_bits, 1, 16, "gap_bits")                    # below: 1 - (1 - d)**within, also where d is tiny
+        return gap_bits * d / (-math.expm1(within * math.log1p(-d)) if d < 1 else 1.) if d else 0.
     raise ValueError(f'method must be "gaps", "bitmap", "csr" or "entropy", got {method!r}')
 
 # %% ../nbs/33_positions.ipynb #4562e823

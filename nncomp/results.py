@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['config_id', 'Experiment', 'experiment', 'discover', 'find_experiment', 'results_root', 'models_root', 'Record',
-           'read_record', 'reproduce', 'shipped', 'load_records', 'Benchmark', 'load_benchmark', 'benchmark_table',
+           'read_record', 'shipped', 'reproduce', 'load_records', 'Benchmark', 'load_benchmark', 'benchmark_table',
            'check_results', 'mean_sd', 'paired_interval', 'spread', 'difference', 'Published', 'table', 'show_table',
            'record_index']
 
@@ -282,6 +282,27 @@ def _sha256(path:Path) -> str:
     "SHA-256 of a file's bytes."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
+# %% ../nbs/06_results.ipynb #1114e1f8
+def _all_records(name:str, base:Path) -> list[Record]:
+    "Every record of an experiment, in the order of its configs (unlisted ones last), then of seeds."
+    found = find_experiment(name)
+    order = {config_id(c, name): i for i, c in enumerate(found.configs)}
+    records = [read_record(p) for p in (base / "results" / name).glob("*/seed-*.json")]
+    return sorted(records, key=lambda r: (order.get(r.id, len(order)), r.id, r.seed))
+
+# %% ../nbs/06_results.ipynb #5b11eb58
+def shipped(
+    name:str,                        # a registered experiment
+    root:str|os.PathLike|None=None,  # as for `results_root`
+) -> tuple[Record, Path]|None:       # the record and where its file should be; None if there is none to ship
+    "The record whose artefact is in `models/`: first configuration, designated (or lowest) seed."
+    found, base = find_experiment(name), _reads(root)
+    first = config_id(found.configs[0], name)
+    having = {r.seed: r for r in _all_records(name, base) if r.id == first and r.artefact}
+    if not having: return None
+    record = having.get(min(having) if found.artefact is None else found.artefact)
+    return record and (record, base / "models" / (name + Path(record.artefact).suffix))
+
 # %% ../nbs/06_results.ipynb #9343e699
 def _timed(run:Callable, folder:Path) -> tuple[dict, float]:
     "The result of `run()` and the seconds it took, including those of earlier attempts in the same folder."
@@ -323,12 +344,16 @@ def _run(found:Experiment, config, seed:int, base:Path) -> Record:
     return dataclasses.replace(record, metrics=_metric(metrics, "metrics"))
 
 
+def _alone(what:Path):
+    "A context that waits until no other process works at `what`."
+    what.parent.mkdir(parents=True, exist_ok=True)
+    return require("filelock").FileLock(what.with_name(f".{what.name}.lock"))
+
+
 def _ship(found:Experiment, record:Record, base:Path) -> None:
-    "Copy the artefact to models/ if this is the first config and the designated seed."
-    folder = _record_path(base, found.name, record.id, 0).parent
-    seeds = {record.seed, *(int(p.stem.removeprefix("seed-")) for p in folder.glob("seed-*.json"))}
-    lead = min(seeds) if found.artefact is None else found.artefact
-    if record.artefact is None or record.id != config_id(found.configs[0], found.name) or record.seed != lead: return
+    "Copy the artefact to models/ if it is the one that is shipped."
+    pair = shipped(found.name, base)
+    if not pair or (pair[0].id, pair[0].seed) != (record.id, record.seed): return
     (base / "models").mkdir(exist_ok=True)
     with atomic_path(base / "models" / (found.name + Path(record.artefact).suffix)) as part:
         shutil.copyfile(base / "runs" / found.name / record.id / f"seed-{record.seed}" / record.artefact, part)
@@ -348,34 +373,16 @@ def reproduce(
     records = []
     for config, seed in tqdm([(c, s) for c in found.configs for s in wanted], desc=name, unit="run", disable=not progress):
         path = _record_path(base, name, config_id(config, name), seed)
-        if force: shutil.rmtree(base / "runs" / name / path.parent.name / path.stem, ignore_errors=True)
-        if force or not path.exists():
-            record = _run(found, config, seed, base)
-            _ship(found, record, base)
-            _save_record(record, base)
+        folder = base / "runs" / name / path.parent.name / path.stem
+        with _alone(folder):                                              # another process may be at it, or at another seed
+            if force and folder.exists(): shutil.rmtree(folder)
+            if force or not path.exists():
+                record = _run(found, config, seed, base)
+                with _alone(base / "runs" / name / "shipping"):
+                    _save_record(record, base)
+                    _ship(found, record, base)
         records.append(read_record(path))
     return records
-
-# %% ../nbs/06_results.ipynb #1114e1f8
-def _all_records(name:str, base:Path) -> list[Record]:
-    "Every record of an experiment, in the order of its configs (unlisted ones last), then of seeds."
-    found = find_experiment(name)
-    order = {config_id(c, name): i for i, c in enumerate(found.configs)}
-    records = [read_record(p) for p in (base / "results" / name).glob("*/seed-*.json")]
-    return sorted(records, key=lambda r: (order.get(r.id, len(order)), r.id, r.seed))
-
-# %% ../nbs/06_results.ipynb #5b11eb58
-def shipped(
-    name:str,                        # a registered experiment
-    root:str|os.PathLike|None=None,  # as for `results_root`
-) -> tuple[Record, Path]|None:       # the record and where its file should be; None if there is none to ship
-    "The record whose artefact is in `models/`: first configuration, designated (or lowest) seed."
-    found, base = find_experiment(name), _reads(root)
-    first = config_id(found.configs[0], name)
-    having = {r.seed: r for r in _all_records(name, base) if r.id == first and r.artefact}
-    if not having: return None
-    record = having.get(min(having) if found.artefact is None else found.artefact)
-    return record and (record, base / "models" / (name + Path(record.artefact).suffix))
 
 # %% ../nbs/06_results.ipynb #fcf6b3ed
 def load_records(

@@ -426,7 +426,7 @@ def recalibrate_batch_norm(
     split, home = getattr(data, "train", data), next(model.parameters()).device
     batches = Batches(split, batch_size, shuffle=True, drop_last=len(split) > batch_size) if isinstance(split, Split) else split
     kept = [({k: v.clone() for k, v in m.state_dict().items()}, m.momentum) for m in norms]
-    seen, done = 0, False
+    seen, done, found = 0, False, 0
     try:
         with evaluating(model.to(device or home)):
             like = next(model.parameters())
@@ -437,9 +437,11 @@ def recalibrate_batch_norm(
     finally:
         for m, (state, momentum) in zip(norms, kept):
             m.momentum = momentum
-            if not done: m.load_state_dict(state)
+            reached = bool(m.num_batches_tracked)                         # not so in a branch that runs in training only
+            if not done or not reached: m.load_state_dict(state)
+            found += reached
         model.to(home)
-    return len(norms)
+    return found
 
 # %% ../nbs/11_schedules.ipynb #201199e4
 def _dense(config, data: Data, seed: int, folder: Path, *, dropout: float = 0.0, **options) -> nn.Module:

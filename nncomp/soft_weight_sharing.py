@@ -280,7 +280,7 @@ def beta_nll(
 # %% ../nbs/70_soft_weight_sharing.ipynb #494e9f3c
 def _start_means(values, k, init):
     "k means over the range of the values, or with equally many values between neighbours."
-    if init == "range": return torch.linspace(*(values.min(), values.max()), k) if k > 1 else values.mean()[None]
+    if init == "range": return torch.linspace(*(values.min(), values.max()), k, device=values.device) if k > 1 else values.mean()[None]
     if init == "quantiles": return values.sort().values[((torch.arange(k) + 0.5) * len(values) / k).long()]
     raise ValueError(f"init must be 'range' or 'quantiles', got {init!r}")
 
@@ -420,8 +420,9 @@ def soft_quantize_(
     "Give each weight the mean of the component most responsible for it; component 0 gives exactly 0 (Ullrich et al. 2017, §4.3)."
     now, counts = Mixture(*(t.detach().double() for t in mixture)), 0
     values = torch.cat([now.means.new_zeros(1), now.means[1:]])
-    for name, p in _prior_weights(model, biases).items():
-        check_finite(p.detach(), name)
+    weights = _prior_weights(model, biases)
+    for name, p in weights.items(): check_finite(p.detach(), name)        # all of them before one is changed
+    for p in weights.values():
         rows = _in_rows(p.detach())
         for piece in _flat(rows).split(1 << 16):
             taken = component_log_densities(piece.double(), now).argmax(1)

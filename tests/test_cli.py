@@ -16,7 +16,9 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nncomp.cli import compress_file, expand_file
 from nncomp.container import load, save
+from nncomp.core import BitstreamError
 from nncomp.data import load_data
 
 COMMAND = str(Path(sys.executable).with_name("nncomp"))
@@ -371,3 +373,45 @@ def test_a_file_that_needs_trust_says_so(tmp_path):
     with pytest.raises(ValueError, match="max_expansion"):
         expand_file(tmp_path / "zeros.nncomp", tmp_path / "zeros.safetensors")
     expand_file(tmp_path / "zeros.nncomp", tmp_path / "zeros.safetensors", max_expansion=needed)
+
+
+def test_a_source_that_is_replaced_while_it_is_expanded(tmp_path, monkeypatch):
+    import nncomp.cli as cli
+    source, out = tmp_path / "a.nncomp", tmp_path / "a.safetensors"
+    save({"w": torch.randn(4, 5)}, source)
+    real = cli.load_tensors
+
+    def replacing(path, *args, **kwargs):
+        save({"w": torch.randn(3, 2)}, path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(cli, "load_tensors", replacing)
+    with pytest.raises(BitstreamError, match="was changed while it was read"):
+        expand_file(source, out)
+    assert not out.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["a.nncomp"]
+
+
+def test_tied_tensors_expand_with_the_number_that_loads_them(tmp_path):
+    w = torch.zeros(5_000_000)
+    save({"a": w, "b": w}, tmp_path / "a.nncomp")
+    size = (tmp_path / "a.nncomp").stat().st_size
+    enough = (w.numel() * 4) / size
+    load(tmp_path / "a.nncomp", max_expansion=enough)
+    expand_file(tmp_path / "a.nncomp", tmp_path / "a.safetensors", max_expansion=enough)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_shaping_leaves_the_message_to_saving(tmp_path, kind):
+    odd = torch.eye(4).to_sparse() if kind == "sparse" else torch.empty(4, 4, device="meta")
+    torch.save({"w": odd}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="must be dense and hold data"):
+        compress_file(tmp_path / "a.pt", tmp_path / "a.nncomp", bits=2)
+
+
+def test_letters_that_the_terminal_lacks(tmp_path):
+    save({"层.weight": torch.zeros(3)}, tmp_path / "a.nncomp")
+    for coding in ("ascii", "cp1252"):
+        env = os.environ | {"PYTHONIOENCODING": coding, "PYTHONUTF8": "0"}
+        for args in (["inspect", str(tmp_path / "a.nncomp")], ["compress", "--help"]):
+            done = subprocess.run([sys.executable, "-m", "nncomp", *args], env=env, capture_output=True)
+            assert done.returncode == 0 and done.stdout, done.stderr

@@ -942,3 +942,25 @@ def test_the_trust_that_a_file_needs_is_named_once_for_tied_tensors(tmp_path):
         with pytest.raises(BitstreamError, match="max_expansion"):
             load(tmp_path / "zeros.nncomp")
         assert not any(t.any() for t in load(tmp_path / "zeros.nncomp", max_expansion=needed).values())
+
+
+def test_one_entry_with_a_stride(tmp_path):
+    state = {"a": torch.arange(7.).view(1, 7)[:, 3], "b": torch.arange(10)[::5][:1]}
+    save(state, tmp_path / "a.nncomp")
+    back = load(tmp_path / "a.nncomp")
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_missing(tmp_path, monkeypatch):
+    path = tmp_path / "a.nncomp"
+    save({"a": torch.zeros(3)}, path)
+    real = open
+
+    def refusing(file, *args, **kwargs):
+        if str(file) == str(path):
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    with pytest.raises(PermissionError):
+        load(path)

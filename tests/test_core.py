@@ -15,6 +15,8 @@ from torch import nn
 
 from nncomp.core import (
     _interrupts_wait,
+    _patient,
+    as_bytes,
     atomic_path,
     check_fraction,
     check_int,
@@ -196,3 +198,39 @@ def test_interrupts_are_held_back_in_the_main_thread_alone():
     thread.start()
     thread.join()
     assert done == ["to the end", "no handler set"]
+
+
+def test_bytes_of_every_kind_of_view():
+    row = torch.arange(7.).view(1, 7)
+    conjugate = torch.randn(3, dtype=torch.complex64).conj()
+    for view in (row[:, 3], row.t()[3:4], torch.arange(10.)[::5][:1], conjugate, row.transpose(0, 1)[::2]):
+        expected = view.resolve_conj().numpy().tobytes()
+        assert as_bytes(view).numpy().tobytes() == expected
+
+
+def test_long_names_can_be_written(tmp_path):
+    for n in (100, 240, 255):
+        path = tmp_path / ("x" * n)
+        with atomic_path(path) as part:
+            part.write_text("a")
+        assert path.read_text() == "a"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="loop is a link that leads to itself|is not an ordinary file"):
+        check_writable(tmp_path / "loop")
+
+
+def test_machine_code_that_cannot_be_kept_is_used_all_the_same():
+    calls = []
+
+    class Function:
+        def _compile_for_args(self, x):
+            calls.append(x)
+            if len(calls) == 1:
+                raise OSError(122, "Disk quota exceeded")
+            return x + 1
+
+    assert _patient(Function())._compile_for_args(3) == 4 and calls == [3, 3]

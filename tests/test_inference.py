@@ -245,3 +245,22 @@ def test_sparse_forms_of_a_layer_in_the_other_layout():
     x, last = torch.randn(3, 5, 9, 9), copy.deepcopy(conv).to(memory_format=torch.channels_last)
     torch.testing.assert_close(SparseConv2d(last)(x), conv(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(SparseConv2d(last)(x.contiguous(memory_format=torch.channels_last)), conv(x), rtol=1e-4, atol=1e-5)
+
+
+def test_fastest_leaves_the_example_alone():
+    torch.manual_seed(0)
+    net, example = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 4)), torch.randn(3, 6)
+    before = example.clone()
+    fastest(net, example, repeats=1)
+    assert torch.equal(example, before)
+
+
+def test_light_layers_keep_the_mode_and_the_type():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64)
+    share_weights(linear, 2)
+    net = nn.Sequential(linear).eval()
+    light, _ = lightest(net)
+    assert not any(m.training for m in light.modules())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert light(torch.randn(2, 64)).dtype == net(torch.randn(2, 64)).dtype == torch.bfloat16

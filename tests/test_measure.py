@@ -236,3 +236,15 @@ def test_on_a_gpu():
     a = torch.randn(2048, 2048, device="cuda")
     timing = time_call(lambda: a @ a, repeats=10)
     assert timing.device.startswith("cuda") and timing.median > 20e-6
+
+
+def test_a_layer_scale_is_no_matrix_product():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.scale = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x):
+            return self.conv(x) * self.scale
+
+    assert count_macs(Scaled(), (3, 2, 2)) == {"conv": 4 * 3 * 4}

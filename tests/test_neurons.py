@@ -595,3 +595,50 @@ def test_both_roads_lead_to_the_same_shapes_on_a_plain_sequence():
     net, x = toy_net(), toy_data().test.x
     theirs, ours = prune_graph(net, x, 0.5), remove_neurons(net, {"0": 0.5, "4": 0.5})
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
+
+
+@pytest.mark.parametrize("trained", ["all", "none", "last"])
+def test_prune_graph_prunes_frozen_layers_too(trained):
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+    net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    for name, p in net.named_parameters():
+        p.requires_grad_(trained == "all" or trained == "last" and name.startswith("6"))
+    with torch.no_grad():
+        small = prune_graph(net, torch.randn(2, 3, 9, 9), 0.5)
+    assert [tuple(p.shape) for name, p in small.named_parameters() if "weight" in name] == [(4, 3, 3, 3), (4, 4, 3, 3), (4, 4)]
+    assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in net.parameters()]
+
+
+def test_two_flattens_between_a_convolution_and_its_reader():
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten())
+    net, x = nn.Sequential(features, nn.Sequential(nn.Flatten(), nn.Linear(64, 3))).eval(), torch.randn(5, 1, 6, 6)
+    with torch.no_grad():
+        net[0][0].weight[1] = 0
+    smaller = remove_dead_neurons(net)
+    assert smaller[0][0].out_channels == 3 and torch.allclose(smaller(x), net(x), atol=1e-5)
+
+
+def test_constants_are_traced_past_hooks_and_dropout(recwarn):
+    torch.manual_seed(0)
+    net, calls = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(64, 3)).eval(), []
+    net[1].register_forward_hook(lambda m, args, out: calls.append(out.shape))
+    with torch.no_grad():
+        net[0].weight[1] = 0
+    dead_neurons(net), remove_dead_neurons(net)
+    assert calls == [] and not [w for w in recwarn if "dropout" in str(w.message)]
+
+
+def test_taylor_scores_take_classes_of_any_integer_type():
+    net, x, y = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    whole = taylor_scores(net, [(x, y)])["0"]
+    assert all(torch.equal(taylor_scores(net, [(x, y.to(t))])["0"], whole) for t in (torch.uint8, torch.int16, torch.int32))
+
+
+def test_a_pruned_bias_is_named():
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    nn.utils.prune.l1_unstructured(net[0], "bias", 2)
+    with pytest.raises(ValueError, match="0 computes its weight or bias from other tensors"):
+        remove_neurons(net, {"0": 3})

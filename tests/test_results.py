@@ -640,3 +640,26 @@ def test_what_the_book_shows_of_records_is_in_them(module, statements, cell, cap
     printed = "".join("".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream")
     assert html == ([] if shown is None else [shown._repr_html_()])
     assert capsys.readouterr().out == printed
+
+
+def test_a_record_that_is_too_long_ships_nothing(tmp_path):
+    @experiment("test-too-long")
+    def run(config: Inner, seed: int, folder: Path) -> dict:
+        path = folder / "a.bin"
+        path.write_bytes(bytes([seed]))
+        return dict(many=list(range(9999)), artefact=path)
+    with pytest.raises(ValueError, match="takes"):
+        reproduce("test-too-long", root=tmp_path, progress=False)
+    assert not (tmp_path / "models").exists()
+    assert load_records("test-too-long", tmp_path) == []
+
+
+def test_what_is_shipped_is_the_lowest_seed_that_has_a_file(tmp_path):
+    @experiment("test-some-files")
+    def run(config: Inner, seed: int, folder: Path) -> dict:
+        path = folder / "a.bin"
+        path.write_bytes(bytes([seed]))
+        return dict(value=seed) | (dict(artefact=path) if seed else {})
+    reproduce("test-some-files", seeds=3, root=tmp_path, progress=False)
+    assert (tmp_path / "models" / "test-some-files.bin").read_bytes() == b"\x01"
+    assert [r.seed for r in load_records("test-some-files", tmp_path)] == [0, 1, 2]

@@ -659,3 +659,19 @@ def test_experiments(tmp_path, name):
 def test_what_does_not_fit_the_model(call, told):
     with pytest.raises(ValueError, match=told):
         call(toy_net())
+
+
+def test_recalibration_keeps_the_statistics_of_what_it_does_not_reach():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.aux = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            h = self.body(x)
+            return h.mean((2, 3)) + (self.aux(h).mean((2, 3)) if self.training else 0)
+
+    net = Auxiliary().eval()
+    net.aux.running_mean.fill_(7.)
+    assert recalibrate_batch_norm(net, [(torch.randn(8, 1, 6, 6),)]) == 1
+    assert (net.aux.running_mean == 7).all() and net.body[1].running_mean.any() and not net.body[1].training

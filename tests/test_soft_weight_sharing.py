@@ -357,3 +357,14 @@ def test_start_of_the_prior_belongs_to_the_run():
     net = nn.Linear(30, 40)
     starts = [dict(), dict(zero_mixing=0.5), dict(std=0.2), dict(init="quantiles"), dict(components=8)]
     assert len({TrainPrior(SoftWeightSharing(net, **start), 1e-3).identity() for start in starts}) == len(starts)
+
+
+def test_rounding_changes_all_or_nothing():
+    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[1].weight[0, 0] = float("nan")
+    before = net[0].weight.clone()
+    mixture = Mixture(torch.tensor([0., 0.3]), torch.tensor([-6., -6.]), torch.tensor([-0.1, -2.]))
+    with pytest.raises(ValueError, match="1.weight holds 1 NaN"):
+        soft_quantize_(net, mixture)
+    assert torch.equal(net[0].weight, before)
