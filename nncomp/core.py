@@ -282,8 +282,10 @@ def check_writable(
     path:str|os.PathLike,  # a file to be written, or a link to one
 ) -> Path:                 # the file itself, absolute
     "ValueError where a file cannot appear: its folder is missing or cannot be written to, or a folder or a device has that name."
-    try: path = Path(path).resolve()
-    except RuntimeError as error: raise ValueError(f"{path} is a link that leads to itself; name another file") from error
+    given = Path(path)
+    try: path = given.resolve()
+    except RuntimeError: path = given                                      # how Python before 3.13 says that a link leads to itself
+    if path.is_symlink(): raise ValueError(f"{given} is a link that leads to itself; name another file")
     if not path.parent.is_dir(): raise ValueError(f"the folder {path.parent} does not exist; create it first")
     if path.is_dir(): raise ValueError(f"{path} is a folder; name a file in it")
     if not os.access(path.parent, os.W_OK): raise ValueError(f"the folder {path.parent} cannot be written to; choose another one")

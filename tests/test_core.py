@@ -219,7 +219,7 @@ def test_long_names_can_be_written(tmp_path):
 
 def test_a_link_to_itself_is_named(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(ValueError, match="loop is a link that leads to itself|is not an ordinary file"):
+    with pytest.raises(ValueError, match="loop is a link that leads to itself"):
         check_writable(tmp_path / "loop")
 
 
